@@ -1,0 +1,1 @@
+"""sora_jax: text-conditioned diffusion transformers over packed spacetime patches."""

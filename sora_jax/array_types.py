@@ -1,0 +1,50 @@
+"""Shape aliases and the one batch format that data, models, training and generation share.
+
+Shapes are written with these letters everywhere:
+
+    B  rows of a batch            L  tokens (patches) of a row
+    P  values of a patch          K  most segments (clips) of a row
+    M  caption tokens of a row    D  width of a caption token
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = Any  # a jax.Array or a numpy.ndarray: these modules serve both
+PyTree = Any
+
+__all__ = ["Array", "Bool", "Float", "Int", "NumpyArray", "PackedBatch", "PyTree"]
+
+NumpyArray = np.ndarray
+
+
+class PackedBatch(NamedTuple):
+    """Rows into which several clips are packed, with their captions.
+
+    Segment ids count the clips of a row from 1; 0 marks padding, and every mask is made from them.
+    A segment has two noise levels in the table of its row: columns `2 * (id - 1)` (patches that are asked
+    for) and `2 * (id - 1) + 1` (patches that are known); `level_ids` holds each token's column.
+
+    Attributes:
+        patches: (B, L, P) float32, values in [-1, 1] for pixels; anything where padded.
+        positions: (B, L, 3) float32, (t, y, x): t in seconds times the reference rate, y and x in patches.
+        segment_ids: (B, L) int32, 1 ... K, 0 for padding.
+        level_ids: (B, L) int32, 0 ... 2K - 1, 0 where padded.
+        loss_mask: (B, L) bool, the tokens that a loss is averaged over.
+        text: (B, M, D) float32, token states of the captions.
+        text_segment_ids: (B, M) int32, the segment that each caption token belongs to, 0 for padding.
+        clip_ids: (B, K) int32, index of each segment's clip in its data set, -1 where there is none.
+    """
+
+    patches: Float[Array, "batch length patch"]
+    positions: Float[Array, "batch length 3"]
+    segment_ids: Int[Array, "batch length"]
+    level_ids: Int[Array, "batch length"]
+    loss_mask: Bool[Array, "batch length"]
+    text: Float[Array, "batch text_length text_dim"]
+    text_segment_ids: Int[Array, "batch text_length"]
+    clip_ids: Int[Array, "batch segments"]

@@ -1,0 +1,363 @@
+"""Everything that can be configured, as frozen dataclasses, with strict JSON in and out.
+
+A value that cannot work fails at construction with an error that names the field, the value and what is
+allowed. An experiment is an `ExperimentConfig`; its JSON stands beside every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+CONFIG_VERSION = 1
+T = TypeVar("T")
+
+
+def check(condition: bool, owner: Any, field: str, allowed: str) -> None:
+    """Raises ValueError naming `owner`'s class, `field`, its value and what is `allowed`, unless `condition`."""
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}.{field} must be {allowed}, got {getattr(owner, field)!r}.")
+
+
+def check_range(owner: Any, field: str, low: float) -> None:
+    """Checks that `field` is an increasing pair (lowest, highest) whose lowest is at least `low`."""
+    lowest, highest = getattr(owner, field)
+    check(low <= lowest <= highest, owner, field, f"(lowest, highest) with {low} <= lowest <= highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    """How a clip is cut into patches.
+
+    Attributes:
+        size: (t, h, w) extent of a patch in frames and pixels (or latent frames and cells).
+        channels: values a pixel (3 for RGB) or a latent cell holds.
+        reference_rate: temporal positions are seconds times this rate (arXiv:2503.20314 counts latent frames).
+    """
+
+    size: tuple[int, int, int] = (2, 8, 8)
+    channels: int = 3
+    reference_rate: float = 4.0
+
+    def __post_init__(self) -> None:
+        check(len(self.size) == 3 and all(n >= 1 for n in self.size), self, "size", "positive (t, h, w)")
+        check(self.channels >= 1, self, "channels", "at least 1")
+        check(self.reference_rate > 0, self, "reference_rate", "positive")
+
+    @property
+    def dim(self) -> int:
+        """Values in a patch, P."""
+        return math.prod(self.size) * self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Size and computation of a `SoraTransformer`; `sora_jax.models.sora.SORA_SIZES` names the usual ones.
+
+    Attributes:
+        width: size of a token inside the model.
+        depth: number of blocks.
+        num_heads: attention heads; `width / num_heads` must be an even number of at least 6.
+        mlp_dim: hidden size of the MLP.
+        text_dim: size of a caption token state (384 for MiniLM, 4096 for UMT5-XXL).
+        frequency_dim: size of the sinusoidal embedding of the noise level.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of every norm.
+        dtype: of the computation; parameters and softmax stay float32.
+        remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
+        attention: kernel; `auto` picks by platform (see `sora_jax.models.attention`).
+    """
+
+    width: int = 256
+    depth: int = 8
+    num_heads: int = 4
+    mlp_dim: int = 1024
+    text_dim: int = 384
+    frequency_dim: int = 256
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "xla", "blockwise", "splash"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("width", "depth", "num_heads", "mlp_dim", "text_dim"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
+        head = self.width // self.num_heads
+        check(head % 2 == 0 and head >= 6, self, "num_heads", f"such that width {self.width} / num_heads is even, >= 6")
+        check(self.frequency_dim >= 2 and self.frequency_dim % 2 == 0, self, "frequency_dim", "even and at least 2")
+        check(self.rope_theta > 1, self, "rope_theta", "above 1")
+        check(self.norm_eps > 0, self, "norm_eps", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from, how they are sampled, and the rows they are packed into.
+
+    Attributes:
+        path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
+        split: the split that is trained on.
+        eval_splits: held-out splits whose loss is reported.
+        max_clips: train on this many clips, chosen by `clip_seed` (None: all).
+        clip_seed: chooses the `max_clips` clips.
+        num_frames: (fewest, most) frames of a sample, log-uniform.
+        fps: (lowest, highest) frames a second of a sample, log-uniform; the clip's own rate is never exceeded.
+        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept.
+        still_share: share of samples that are single frames.
+        row_length: tokens of a packed row, L.
+        text_length: caption tokens of a row, M.
+        max_segments: most clips of a row, K.
+        max_caption_tokens: longer captions are cut to this many tokens.
+        num_bins: rows that the packer fills at once.
+        batch_size: rows of the global batch, a multiple of `num_shards`.
+        num_shards: logical shards; fixes the order of the data whatever the number of hosts and workers.
+        num_workers: processes that decode, per host (0: in the main process).
+        prefetch: batches kept ready.
+        caption_dropout: probability of training on the null caption.
+        oversize: a sample larger than a row is made smaller (`resize`) or left out (`skip`).
+        seed: of order, sampling and packing.
+    """
+
+    path: str = ""
+    split: str = "train"
+    eval_splits: tuple[str, ...] = ("unseen", "compositional")
+    max_clips: int | None = None
+    clip_seed: int = 0
+    num_frames: tuple[int, int] = (1, 24)
+    fps: tuple[float, float] = (6.0, 12.0)
+    long_side: tuple[int, int] = (32, 96)
+    still_share: float = 0.2
+    row_length: int = 1024
+    text_length: int = 256
+    max_segments: int = 32
+    max_caption_tokens: int = 32
+    num_bins: int = 64
+    batch_size: int = 4
+    num_shards: int = 2
+    num_workers: int = 1
+    prefetch: int = 4
+    caption_dropout: float = 0.1
+    oversize: Literal["resize", "skip"] = "resize"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
+        check_range(self, "num_frames", 1)
+        check_range(self, "fps", 1e-3)
+        check_range(self, "long_side", 1)
+        for field in ("still_share", "caption_dropout"):
+            check(0 <= getattr(self, field) <= 1, self, field, "between 0 and 1")
+        for field in ("row_length", "max_segments", "num_bins", "batch_size", "num_shards", "prefetch"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(self.num_workers >= 0, self, "num_workers", "at least 0")
+        check(self.max_caption_tokens >= 2, self, "max_caption_tokens", "at least 2")
+        check(
+            self.text_length >= self.max_caption_tokens,
+            self,
+            "text_length",
+            f"at least max_caption_tokens ({self.max_caption_tokens})",
+        )
+        shards = self.num_shards
+        check(self.batch_size % shards == 0, self, "batch_size", f"a multiple of num_shards ({shards})")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Rectified flow: what the network predicts and which times it is trained on.
+
+    Attributes:
+        prediction: what the network puts out, `velocity` (eps - x_0) or the clean patch `x0`; the loss is the
+            squared error of the velocity either way.
+        time_mean: mean of the logit-normal time (arXiv:2403.03206, section 3.1); positive is noisier.
+        time_std: its standard deviation.
+        min_time: with `x0`, the velocity is (x_t - x_0) / max(t, min_time).
+        loss_weighting: the loss is a mean over tokens or, each clip counting the same, over clips.
+    """
+
+    prediction: Literal["velocity", "x0"] = "velocity"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    min_time: float = 0.05
+    loss_weighting: Literal["token", "clip"] = "token"
+
+    def __post_init__(self) -> None:
+        check(self.time_std > 0, self, "time_std", "positive")
+        check(0 < self.min_time < 1, self, "min_time", "between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, clipping, accumulation and an EMA of the parameters.
+
+    Attributes:
+        learning_rate: after warm-up.
+        final_share: the cosine ends at this share of `learning_rate`.
+        warmup_steps: of the learning rate.
+        b1, b2, eps, weight_decay: of AdamW; biases, norms and modulation tables are not decayed.
+        clip_norm: largest global norm of the gradient.
+        accumulation_steps: batches averaged into one update.
+        ema_decay: limit of the EMA's decay; at step n it is min(ema_decay, (1 + n) / (10 + n)).
+    """
+
+    learning_rate: float = 3e-4
+    final_share: float = 0.1
+    warmup_steps: int = 200
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    accumulation_steps: int = 1
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        check(self.learning_rate > 0, self, "learning_rate", "positive")
+        check(0 <= self.final_share <= 1, self, "final_share", "between 0 and 1")
+        check(self.warmup_steps >= 0, self, "warmup_steps", "at least 0")
+        for field in ("b1", "b2", "ema_decay"):
+            check(0 <= getattr(self, field) < 1, self, field, "at least 0 and below 1")
+        check(self.eps > 0, self, "eps", "positive")
+        check(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+        check(self.clip_norm > 0, self, "clip_norm", "positive")
+        check(self.accumulation_steps >= 1, self, "accumulation_steps", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the named mesh axes; -1 takes the devices that are left.
+
+    Attributes:
+        data: the batch is split over it, parameters are copied.
+        fsdp: the batch and the parameters are split over it.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("data", "fsdp"):
+            check(getattr(self, field) == -1 or getattr(self, field) >= 1, self, field, "-1 or at least 1")
+        check(not (self.data == -1 and self.fsdp == -1), self, "fsdp", "given where data is -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The sample sheet that training draws.
+
+    Attributes:
+        prompts: one clip each.
+        num_frames, height, width, fps: of the clips.
+        num_steps: Euler steps.
+        guidance_scale: of classifier-free guidance; 1 is none.
+    """
+
+    prompts: tuple[str, ...] = ("frog", "red heart", "rocket", "tiger face")
+    num_frames: int = 8
+    height: int = 48
+    width: int = 48
+    fps: float = 8.0
+    num_steps: int = 20
+    guidance_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in ("num_frames", "height", "width", "num_steps"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(self.fps > 0, self, "fps", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One training run.
+
+    Attributes:
+        num_steps: optimizer updates.
+        seed: of the initialisation and of every draw of noise and time.
+        log_every: steps between lines of metrics.
+        eval_every: steps between held-out losses (0: never).
+        eval_batches: batches of each held-out split.
+        save_every: steps between checkpoints.
+        keep: checkpoints kept beside the best one.
+        sample_every: steps between sample sheets (0: never).
+    """
+
+    model: ModelConfig = ModelConfig()
+    patch: PatchConfig = PatchConfig()
+    data: DataConfig = DataConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+    num_steps: int = 10_000
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_batches: int = 4
+    save_every: int = 1000
+    keep: int = 2
+    sample_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for field in ("num_steps", "log_every", "eval_batches", "save_every", "keep"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        for field in ("eval_every", "sample_every"):
+            check(getattr(self, field) >= 0, self, field, "at least 0")
+
+
+def to_json(config: Any) -> str:
+    """Returns a dataclass as indented JSON, with the version of the format."""
+    return json.dumps({"version": CONFIG_VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """Reads what `to_json` wrote.
+
+    Raises:
+        ValueError: another version, an unknown or a missing key, or a value that its field does not allow, each
+            named by its dotted path.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}.")
+    version = values.pop("version", None)
+    if version != CONFIG_VERSION:
+        raise ValueError(f"{cls.__name__}: this code reads version {CONFIG_VERSION} of the config, got {version!r}.")
+    return _from_value(cls, values, cls.__name__)
+
+
+def _from_value(annotation: Any, value: Any, path: str) -> Any:
+    """Returns `value` as what `annotation` says; ValueError with the dotted `path` where it does not fit."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected an object, got {value!r}.")
+        if unknown := sorted(set(value) - set(hints)):
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {', '.join(hints)}.")
+        if missing := sorted(set(hints) - set(value)):
+            raise ValueError(f"{path}: missing key {missing[0]!r}.")
+        return annotation(**{name: _from_value(hint, value[name], f"{path}.{name}") for name, hint in hints.items()})
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _from_value(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{path}: expected a list, got {value!r}.")
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise ValueError(f"{path}: expected {len(kinds)} values, got {value!r}.")
+        return tuple(_from_value(kind, v, f"{path}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+        raise ValueError(f"{path}: expected {annotation.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,1 @@
+"""Flax linen models, all made of the one block in `transformer.py`."""

@@ -1,0 +1,98 @@
+"""Layers that every model shares: dense layers and norms that name their logical axes, embeddings, modulation."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sora_jax.array_types import Array, Float
+
+
+def dense(features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: bool = False) -> nn.Dense:
+    """Returns a dense layer with bias.
+
+    Args:
+        features: size of the output.
+        axes: logical axes of its kernel (input, output).
+        name: of its parameters.
+        dtype: of the computation.
+        zero: starts with a zero kernel instead of Glorot's uniform one.
+    """
+    init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(*, name: str, eps: float, affine: bool) -> nn.LayerNorm:
+    """Returns a layer norm over the width, computed in float32."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=jnp.float32,
+        use_bias=affine,
+        use_scale=affine,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("width",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("width",)),
+        name=name,
+    )
+
+
+def rms_norm(*, name: str, eps: float) -> nn.RMSNorm:
+    """Returns an RMS norm (arXiv:1910.07467) over the width, computed in float32."""
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("heads_width",))
+    return nn.RMSNorm(epsilon=eps, dtype=jnp.float32, scale_init=init, name=name)
+
+
+def modulate(
+    x: Float[Array, "*batch width"], shift: Float[Array, "*batch width"], scale: Float[Array, "*batch width"]
+) -> Float[Array, "*batch width"]:
+    """Returns x (1 + scale) + shift (arXiv:2212.09748, Fig. 3)."""
+    return x * (1 + scale) + shift
+
+
+def sinusoidal_embedding(
+    values: Float[Array, "*batch"], dim: int, period: float = 10_000.0
+) -> Float[Array, "*batch dim"]:
+    """Embeds numbers as cosines and sines of `dim / 2` frequencies, period^(-2 i / dim).
+
+    Args:
+        values: of any shape.
+        dim: even.
+        period: sets the lowest frequency.
+
+    Returns:
+        (..., dim) float32: cosines, then sines.
+    """
+    frequencies = np.exp(-math.log(period) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
+    angles = values[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a tanh-GELU between.
+
+    Attributes:
+        hidden_dim: size between.
+        out_dim: size of the output.
+        axes: logical axes of input, hidden layer and output.
+        dtype: of the computation.
+    """
+
+    hidden_dim: int
+    out_dim: int
+    axes: tuple[str, str, str]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        """Returns (..., out_dim)."""
+        x = dense(self.hidden_dim, self.axes[:2], name="fc1", dtype=self.dtype)(x)
+        return dense(self.out_dim, self.axes[1:], name="fc2", dtype=self.dtype)(jax.nn.gelu(x, approximate=True))

@@ -1,0 +1,150 @@
+"""SoraTransformer: a text-conditioned diffusion transformer over packed spacetime patches.
+
+Its shape is that of the open Wan 2.1 text-to-video models (arXiv:2503.20314, section 4.2): patch embedding; a
+time MLP whose projection modulates all blocks, each with a table of its own; blocks of self-attention (QK RMSNorm,
+3-D rotary positions), cross-attention to the caption and an MLP; a modulated head. What is ours is packing: a row
+holds several clips, and each of a clip's patches has its own noise level. A clip's output does not depend on its
+neighbours.
+
+Initialisation is adaLN-Zero's (arXiv:2212.09748, section 3.2): gates, and the head, start at zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sora_jax.array_types import Array, Float, Int
+from sora_jax.config import ModelConfig
+from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, sinusoidal_embedding
+from sora_jax.models.transformer import (
+    Context,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    Sublayer,
+    expand_levels,
+    scanned_blocks,
+)
+from sora_jax.patches.positions import rope_angles
+
+# Noise levels in [0, 1] are embedded as the timesteps in [0, 1000] that the open models were trained with.
+TIMESTEPS = 1000.0
+
+SORA_SIZES: dict[str, ModelConfig] = {
+    "sora_nano": ModelConfig(width=64, depth=2, num_heads=2, mlp_dim=256),
+    "sora_micro": ModelConfig(width=256, depth=6, num_heads=4, mlp_dim=1024),
+    "sora_s": ModelConfig(width=384, depth=12, num_heads=6, mlp_dim=1536),
+    "sora_b": ModelConfig(width=768, depth=12, num_heads=12, mlp_dim=3072),
+    "sora_l": ModelConfig(width=1024, depth=24, num_heads=16, mlp_dim=4096),
+    "sora_xl": ModelConfig(width=1152, depth=28, num_heads=16, mlp_dim=4608),
+    "wan_1_3b": ModelConfig(width=1536, depth=30, num_heads=12, mlp_dim=8960, text_dim=4096),
+    "wan_14b": ModelConfig(width=5120, depth=40, num_heads=40, mlp_dim=13824, text_dim=4096),
+}
+
+
+class SoraTransformer(nn.Module):
+    """Predicts velocities (or clean patches) of packed rows.
+
+    Attributes:
+        config: size and computation.
+        patch_dim: P, values in a patch.
+        attention_fn: the kernel, where the one that `config.attention` names needs a mesh.
+    """
+
+    config: ModelConfig
+    patch_dim: int
+    attention_fn: AttentionFn | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: Float[Array, "batch length values"],
+        positions: Float[Array, "batch length 3"],
+        segment_ids: Int[Array, "batch length"],
+        levels: Float[Array, "batch levels"],
+        level_ids: Int[Array, "batch length"],
+        text: Float[Array, "batch text_length text_dim"],
+        text_segment_ids: Int[Array, "batch text_length"],
+    ) -> Float[Array, "batch length values"]:
+        """Computes the network's output for each patch.
+
+        Args:
+            patches: (B, L, P), noised to each token's level.
+            positions: (B, L, 3), (t, y, x).
+            segment_ids: (B, L), the clip of each token, 0 for padding.
+            levels: (B, J) float32 in [0, 1], the noise levels that occur in a row.
+            level_ids: (B, L), each token's column of `levels`.
+            text: (B, M, text_dim), caption tokens.
+            text_segment_ids: (B, M), the clip of each caption token, 0 for padding.
+
+        Returns:
+            (B, L, P) float32, zero where padded.
+        """
+        c = self.config
+        attention = self.attention_fn or attention_kernel(c.attention)
+        axes = ("modulation", "width", "width")
+
+        x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
+        text = Mlp(c.width, c.width, ("text", "width", "heads_width"), c.dtype, name="text_embedding")(
+            text.astype(c.dtype)
+        )
+
+        # Conditioning in float32: it is small, and every token depends on it.
+        h = sinusoidal_embedding(levels * TIMESTEPS, c.frequency_dim)  # (B, J, frequency_dim)
+        h = dense(c.width, axes[:2], name="time_fc1", dtype="float32")(h)
+        time = dense(c.width, ("width", "heads_width"), name="time_fc2", dtype="float32")(jax.nn.silu(h))  # (B, J, D)
+        conditioning = dense(6 * c.width, ("width", "mlp"), name="time_projection", dtype="float32", zero=True)(
+            jax.nn.silu(time)
+        )
+        context = Context(
+            segment_ids=segment_ids,
+            angles=rope_angles(positions, c.width // c.num_heads, c.rope_theta),
+            text=text,
+            text_segment_ids=text_segment_ids,
+            conditioning=conditioning.reshape(*levels.shape, 6, c.width),
+            level_one_hot=jax.nn.one_hot(level_ids, levels.shape[1], dtype=c.dtype),
+        )
+
+        heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=attention)
+        sublayers = (
+            Sublayer("self_attention", functools.partial(SelfAttention, **heads), affine=False, modulated=True),
+            Sublayer("cross_attention", functools.partial(CrossAttention, **heads), affine=True, modulated=False),
+            Sublayer("mlp", functools.partial(FeedForward, c.mlp_dim, c.dtype), affine=False, modulated=True),
+        )
+        blocks = scanned_blocks(sublayers, depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat, name="blocks")
+        x, _ = blocks(x, context)
+
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
+        table = self.param("head_modulation", init, (2, c.width), jnp.float32)
+        shift, scale = expand_levels(time[:, :, None] + table, context.level_one_hot)
+        x = modulate(layer_norm(name="head_norm", eps=c.norm_eps, affine=False)(x), shift, scale)
+        x = dense(self.patch_dim, ("width", "patch"), name="head", dtype="float32", zero=True)(x)
+        return jnp.where(segment_ids[..., None] > 0, x, 0)
+
+
+def param_count(config: ModelConfig, patch_dim: int) -> int:
+    """Returns the number of parameters of a `SoraTransformer`, without allocating them."""
+    shapes = abstract_params(SoraTransformer(dataclasses.replace(config, attention="xla"), patch_dim))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def init_params(model: SoraTransformer, key: jax.Array) -> dict:
+    """Returns freshly drawn parameters, boxed with their logical axes; rows of eight tokens suffice for shapes."""
+    row = jnp.zeros((1, 8), jnp.int32)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    text = zeros((1, 8, model.config.text_dim))
+    return model.init(key, zeros((1, 8, model.patch_dim)), zeros((1, 8, 3)), row, zeros((1, 2)), row, text, row)[
+        "params"
+    ]
+
+
+def abstract_params(model: SoraTransformer) -> dict:
+    """Returns the shapes and logical axes of the parameters, without allocating them."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))

@@ -1,0 +1,1 @@
+"""Text encoders that turn captions into token states."""

@@ -1,0 +1,218 @@
+"""The one transformer block: a list of residual sublayers, each a mixer, a norm and perhaps a modulation.
+
+A modulated sublayer computes
+
+    (1)  x + gate * mixer(modulate(norm(x), shift, scale))
+
+and a plain one `x + mixer(norm(x))`. Shift, scale and gate depend on a token's noise level. They are computed once
+for each level of a row, as a conditioning shared by all blocks plus a table of the block's own
+(arXiv:2310.00426, section 2.3), and expanded to tokens inside the sublayer by a one-hot product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sora_jax.array_types import Array, Float, Int
+from sora_jax.models.attention import AttentionFn
+from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, rms_norm
+from sora_jax.patches.positions import apply_rope
+
+
+class Context(NamedTuple):
+    """What the sublayers of a block know beside the tokens.
+
+    Attributes:
+        segment_ids: (B, L), 0 for padding.
+        angles: (B, L, Dh / 2), rotary angles.
+        text: (B, M, D), caption tokens.
+        text_segment_ids: (B, M), 0 for padding.
+        conditioning: (B, J, n, D) float32, n = three for each modulated sublayer, for each of a row's J levels.
+        level_one_hot: (B, L, J), each token's level.
+    """
+
+    segment_ids: Int[Array, "batch length"]
+    angles: Float[Array, "batch length pairs"]
+    text: Float[Array, "batch text_length width"]
+    text_segment_ids: Int[Array, "batch text_length"]
+    conditioning: Float[Array, "batch levels parts width"]
+    level_one_hot: Float[Array, "batch length levels"]
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of a segment, with rotary positions and QK RMSNorm over the whole width.
+
+    Attributes:
+        num_heads: H.
+        eps: of the norms.
+        dtype: of the computation.
+        attention: the kernel.
+    """
+
+    num_heads: int
+    eps: float
+    dtype: str
+    attention: AttentionFn
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
+        """Returns (B, L, D)."""
+        q, k, v = _project(x, x, self.eps, self.dtype)
+        q, k, v = (_split_heads(y, self.num_heads) for y in (q, k, v))  # (B, L, H, Dh)
+        q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
+        out = self.attention(q, k, v, context.segment_ids, context.segment_ids)
+        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype)(out.reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a segment's tokens to the tokens of its caption, with QK RMSNorm.
+
+    Attributes:
+        num_heads: H.
+        eps: of the norms.
+        dtype: of the computation.
+        attention: the kernel.
+    """
+
+    num_heads: int
+    eps: float
+    dtype: str
+    attention: AttentionFn
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
+        """Returns (B, L, D)."""
+        q, k, v = _project(x, context.text, self.eps, self.dtype)
+        q, k, v = (_split_heads(y, self.num_heads) for y in (q, k, v))
+        out = self.attention(q, k, v, context.segment_ids, context.text_segment_ids)
+        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype)(out.reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """The MLP as a mixer.
+
+    Attributes:
+        hidden_dim: size between its layers.
+        dtype: of the computation.
+    """
+
+    hidden_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
+        """Returns (B, L, D); needs nothing of the context."""
+        return Mlp(self.hidden_dim, x.shape[-1], ("width", "mlp", "width"), self.dtype, name="mlp")(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+    """A residual sublayer of a block.
+
+    Attributes:
+        name: of its parameters.
+        mixer: makes the mixer, which maps (tokens, context) to tokens.
+        affine: whether its norm has a scale and a bias.
+        modulated: whether its norm is modulated and its output gated.
+    """
+
+    name: str
+    mixer: Callable[..., nn.Module]
+    affine: bool
+    modulated: bool
+
+
+class Block(nn.Module):
+    """A list of residual sublayers.
+
+    Attributes:
+        sublayers: in order.
+        eps: of the norms.
+        dtype: of the residual stream.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"], context: Context) -> tuple[Array, None]:
+        """Returns (B, L, D) and None, as `nn.scan` wants it."""
+        num_parts = 3 * sum(sublayer.modulated for sublayer in self.sublayers)
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
+        table = self.param("modulation", init, (num_parts, x.shape[-1]), jnp.float32) if num_parts else None
+        part = 0
+        for sublayer in self.sublayers:
+            mixer = sublayer.mixer(name=sublayer.name)
+            h = layer_norm(name=f"{sublayer.name}_norm", eps=self.eps, affine=sublayer.affine)(x)
+            if sublayer.modulated:
+                parts = context.conditioning[:, :, part : part + 3] + table[part : part + 3]  # (B, J, 3, D)
+                shift, scale, gate = expand_levels(parts.astype(self.dtype), context.level_one_hot)
+                part += 3
+                x = x + gate * mixer(modulate(h, shift, scale).astype(self.dtype), context)
+            else:
+                x = x + mixer(h.astype(self.dtype), context)
+        return x.astype(self.dtype), None
+
+
+def expand_levels(
+    parts: Float[Array, "batch levels parts width"], level_one_hot: Float[Array, "batch length levels"]
+) -> tuple[Array, ...]:
+    """Gives each token the values of its level: a tuple of `parts` arrays (B, L, D)."""
+    expanded = jnp.einsum("blj,bjnd->nbld", level_one_hot.astype(parts.dtype), parts)
+    return tuple(expanded)
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scanned_blocks(
+    sublayers: tuple[Sublayer, ...], *, depth: int, eps: float, dtype: str, remat: str, name: str
+) -> nn.Module:
+    """Returns `depth` equal blocks as one scan over stacked parameters.
+
+    The names of the parameters do not depend on `remat`, so it can be changed for an existing checkpoint.
+
+    Args:
+        sublayers: of each block.
+        depth: number of blocks.
+        eps: of the norms.
+        dtype: of the residual stream.
+        remat: `none`, or a key of `REMAT_POLICIES`.
+        name: of the parameters, whose first axis is the block.
+    """
+    block = Block if remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(sublayers=sublayers, eps=eps, dtype=dtype, name=name)
+
+
+def _project(x: Array, source: Array, eps: float, dtype: str) -> tuple[Array, Array, Array]:
+    """Returns normed queries of `x` and normed keys and values of `source`, each (B, ..., D)."""
+    axes = ("width", "heads_width")
+    q, k, v = (
+        dense(x.shape[-1], axes, name=name, dtype=dtype)(y)
+        for name, y in (("query", x), ("key", source), ("value", source))
+    )
+    q, k = rms_norm(name="query_norm", eps=eps)(q), rms_norm(name="key_norm", eps=eps)(k)
+    return q.astype(dtype), k.astype(dtype), v
+
+
+def _split_heads(x: Float[Array, "batch length width"], num_heads: int) -> Float[Array, "batch length heads head_dim"]:
+    """Reshapes (B, L, H * Dh) to (B, L, H, Dh)."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
