@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 Array = Any  # a jax.Array or a numpy.ndarray: these modules serve both
 PyTree = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "NumpyArray", "PackedBatch", "PyTree"]
+__all__ = ["Array", "Bool", "Float", "Int", "NumpyArray", "PackedBatch", "PyTree", "Shaped"]
 
 NumpyArray = np.ndarray
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from einops import rearrange
 
-from sora_jax.array_types import Array, Float
+from sora_jax.array_types import Array, Shaped
 
 PatchSize = tuple[int, int, int]
 
@@ -41,8 +41,8 @@ def num_tokens(num_frames: int, height: int, width: int, patch_size: PatchSize) 
 
 
 def patchify(
-    clip: Float[Array, "frames height width channels"], patch_size: PatchSize
-) -> Float[Array, "patches values"]:
+    clip: Shaped[Array, "frames height width channels"], patch_size: PatchSize
+) -> Shaped[Array, "patches values"]:
     """Cuts a clip into patches.
 
     Args:
@@ -62,13 +62,13 @@ def patchify(
 
 
 def unpatchify(
-    patches: Float[Array, "patches values"],
+    patches: Shaped[Array, "patches values"],
     num_frames: int,
     height: int,
     width: int,
     patch_size: PatchSize,
     channels: int,
-) -> Float[Array, "frames height width channels"]:
+) -> Shaped[Array, "frames height width channels"]:
     """Puts patches together again: the inverse of `patchify`.
 
     Args:

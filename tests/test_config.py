@@ -1,0 +1,66 @@
+import dataclasses
+import json
+
+import pytest
+
+from sora_jax import config as c
+
+
+def test_json_round_trip_keeps_every_value():
+    config = c.ExperimentConfig(
+        data=c.DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
+    )
+    assert c.from_json(c.ExperimentConfig, c.to_json(config)) == config
+
+
+def edited(**changes):
+    values = json.loads(c.to_json(c.ExperimentConfig()))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = values
+        for parent in parents:
+            target = target[parent]
+        if value is KeyError:
+            del target[last]
+        else:
+            target[last] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__widht": 3}, r"ExperimentConfig\.model: unknown key 'widht'; the keys are width, depth"),
+        ({"data__seed": KeyError}, r"ExperimentConfig\.data: missing key 'seed'"),
+        ({"model__width": "64"}, r"ExperimentConfig\.model\.width: expected int, got '64'"),
+        ({"model__width": True}, r"ExperimentConfig\.model\.width: expected int, got True"),
+        ({"model__remat": "some"}, r"remat: expected one of 'none', 'dots', 'full', got 'some'"),
+        ({"patch__size": [1, 2]}, r"patch\.size: expected 3 values"),
+        ({"version": 99}, r"reads version 1 of the config, got 99"),
+        ({"patch__size": [1, 0, 2]}, r"PatchConfig\.size must be positive \(t, h, w\), got \(1, 0, 2\)"),
+    ],
+)
+def test_json_is_read_strictly(changes, message):
+    with pytest.raises(ValueError, match=message):
+        c.from_json(c.ExperimentConfig, edited(**changes))
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (c.PatchConfig, {"size": (1, 0, 2)}, r"PatchConfig.size must be positive \(t, h, w\), got \(1, 0, 2\)\."),
+        (c.ModelConfig, {"num_heads": 3}, r"num_heads must be a divisor of width 256, got 3"),
+        (c.ModelConfig, {"num_heads": 64}, r"num_heads must be such that .* >= 6, got 64"),
+        (c.DataConfig, {"num_frames": (5, 2)}, r"num_frames must be \(lowest, highest\) .* got \(5, 2\)"),
+        (c.DataConfig, {"batch_size": 3}, r"batch_size must be a multiple of num_shards \(2\), got 3"),
+        (c.DataConfig, {"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5"),
+        (c.DataConfig, {"text_length": 8}, r"text_length must be at least max_caption_tokens \(32\), got 8"),
+        (c.FlowConfig, {"time_std": 0.0}, r"time_std must be positive"),
+        (c.OptimizerConfig, {"ema_decay": 1.0}, r"ema_decay must be at least 0 and below 1, got 1\.0"),
+        (c.MeshConfig, {"fsdp": -1}, r"fsdp must be given where data is -1"),
+        (c.ExperimentConfig, {"num_steps": 0}, r"ExperimentConfig.num_steps must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_value_names_field_value_and_what_is_allowed(cls, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(cls(), **changes)
