@@ -46,10 +46,14 @@ def euler_step(denoise: Denoise, x: Array, t: Array, t_next: Array) -> Array:
 
 
 def heun_step(denoise: Denoise, x: Array, t: Array, t_next: Array) -> Array:
-    """Steps from `t` to `t_next` by equation 2: two evaluations."""
+    """Steps from `t` to `t_next` by equation 2: two evaluations.
+
+    The step onto t = 0 is equation 1 (arXiv:2206.00364, Algorithm 1), because a network that predicts x_0 has no
+    velocity there. The order stays 2: it is a single step.
+    """
     v = denoise(x, t)
     ahead = denoise(x + (t_next - t) * v, t_next)
-    return x + (t_next - t) * (v + ahead) / 2
+    return x + (t_next - t) * jnp.where(t_next > 0, (v + ahead) / 2, v)
 
 
 STEPS: dict[str, Step] = {"euler": euler_step, "heun": heun_step}

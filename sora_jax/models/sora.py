@@ -32,7 +32,7 @@ from sora_jax.models.transformer import (
     expand_levels,
     scanned_blocks,
 )
-from sora_jax.patches.positions import rope_angles
+from sora_jax.patches.rotary import rope_angles
 
 # Noise levels in [0, 1] are embedded as the timesteps in [0, 1000] that the open models were trained with.
 TIMESTEPS = 1000.0

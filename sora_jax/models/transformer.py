@@ -22,7 +22,7 @@ from flax import linen as nn
 from sora_jax.array_types import Array, Float, Int
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, rms_norm
-from sora_jax.patches.positions import apply_rope
+from sora_jax.patches.rotary import apply_rope
 
 
 class Context(NamedTuple):

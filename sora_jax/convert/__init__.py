@@ -1,0 +1,1 @@
+"""Weights of other projects into our parameter trees, one file a family."""

@@ -1,0 +1,1 @@
+"""From stored clips to packed rows: NumPy only."""

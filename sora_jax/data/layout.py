@@ -1,0 +1,119 @@
+"""Which features of a prepared TFDS data set hold the frames, the caption and the rate of a clip.
+
+Read from the `features.json` that TFDS writes, not through TFDS's feature classes: constructing `Video` imports
+TensorFlow, and nothing but names and kinds is needed, since the pictures stay encoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from sora_jax.data.decode import STILL_FPS
+from sora_jax.data.records import parse_example, picture_size
+
+DEFAULT_FPS = 24.0
+"""Frames a second of a video data set that stores no `fps`."""
+
+CAPTION_KEYS = ("caption", "text", "prompt", "description", "title")
+"""Text features read as the caption, in this order."""
+
+NAME_KEYS = ("name", "id", "filename", "file_name")
+"""Text features read as a clip's name, in this order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordLayout:
+    """The keys of a record that a clip is read from, None where the data set lacks one.
+
+    Attributes:
+        frames: encoded pictures.
+        moving: whether `frames` is a video or a sequence of pictures.
+        caption: text.
+        label: class label, taken where there is no caption.
+        label_names: of the classes, in order.
+        name, fps, clip_id: as in `sora_jax.data.records.clip_features`.
+    """
+
+    frames: str
+    moving: bool
+    caption: str | None
+    label: str | None
+    label_names: tuple[str, ...]
+    name: str | None
+    fps: str | None
+    clip_id: str | None
+
+    @classmethod
+    def read(cls, directory: str) -> RecordLayout:
+        """Reads the layout of the data set in `directory`.
+
+        Raises:
+            ValueError: it has no picture or video of 8 bits a channel; the message lists what it has.
+        """
+        content = json.loads((epath.Path(directory) / "features.json").read_text())
+        features = content.get("featuresDict", {}).get("features", {})
+        kinds = {key: _kind(feature) for key, feature in features.items()}
+        videos = [key for key, kind in kinds.items() if kind == "Video"]
+        images = [key for key, kind in kinds.items() if kind == "Image"]
+        if not videos and not images:
+            found = ", ".join(f"{key}: {kind}" for key, kind in kinds.items()) or content.get("pythonClassName")
+            raise ValueError(
+                f"the data set at {directory} has no 8-bit Image, Video or Sequence(Image) feature; it has {found}."
+            )
+        texts = [key for key, kind in kinds.items() if kind == "Text"]
+        caption = next((key for key in CAPTION_KEYS if key in texts), None)
+        label = None if caption else next((key for key, kind in kinds.items() if kind == "ClassLabel"), None)
+        return cls(
+            frames=(videos or images)[0],
+            moving=bool(videos),
+            caption=caption,
+            label=label,
+            label_names=_label_names(directory, label) if label else (),
+            name=next((key for key in NAME_KEYS if key in texts), None),
+            fps="fps" if kinds.get("fps") in ("Tensor", "Scalar") else None,
+            clip_id="clip_id" if kinds.get("clip_id") in ("Tensor", "Scalar") else None,
+        )
+
+    def row(self, index: int, serialized: bytes) -> dict[str, Any]:
+        """Returns the metadata of one record; frames are counted, and of the first one the header is read."""
+        values = parse_example(serialized)
+        frames = values.get(self.frames, [])
+        height, width = picture_size(frames[0]) if frames else (0, 0)
+        caption = values[self.caption][0].decode() if self.caption else ""
+        if self.label and 0 <= values[self.label][0] < len(self.label_names):
+            caption = self.label_names[values[self.label][0]]
+        return {
+            "clip_ids": values[self.clip_id][0] if self.clip_id else index,
+            "name": values[self.name][0].decode(errors="replace") if self.name else str(index),
+            "caption": caption,
+            "fps": values[self.fps][0] if self.fps else DEFAULT_FPS if self.moving else STILL_FPS,
+            "num_frames": len(frames),
+            "height": height,
+            "width": width,
+        }
+
+
+def _kind(feature: dict[str, Any]) -> str:
+    """Returns the name of a feature's class, `Video` also for a sequence of pictures."""
+    kind = feature.get("pythonClassName", "").rsplit(".", 1)[-1]
+    if kind == "Sequence":
+        inner = feature.get("sequence", {}).get("feature", {})
+        return "Video" if _kind(inner) == "Image" else "Sequence"
+    if kind in ("Image", "Video"):
+        dtype = feature.get(kind.lower(), {}).get("dtype", "uint8")
+        return kind if dtype == "uint8" else f"{kind} of {dtype}"
+    return kind
+
+
+def _label_names(directory: str, label: str) -> tuple[str, ...]:
+    """Returns the names of the classes as words, none where TFDS kept none."""
+    path = epath.Path(directory) / f"{label}.labels.txt"
+    if not path.exists():
+        return ()
+    names = [line.strip() for line in path.read_text().split("\n")]
+    return tuple(re.sub(r"[_\s]+", " ", name).strip() for name in names if name)

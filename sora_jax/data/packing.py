@@ -1,0 +1,168 @@
+"""One logical shard of the data: its own order, its own packer, and rows made of what the packer planned.
+
+Rows are planned on token counts alone, by grain's best-fit packer, and only then decoded and filled. A shard's
+place is the packer's, so it is small, restoring decodes nothing, and it is exact in the middle of packing.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from sora_jax.array_types import NumpyArray, PackedBatch
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data.captions import CaptionTable
+from sora_jax.data.decode import decode_frames
+from sora_jax.data.sources import ClipSource
+from sora_jax.data.transforms import Sample, draw_sample, select_clips
+from sora_jax.patches.patchify import grid_shape, num_tokens, patchify
+from sora_jax.patches.positions import grid_positions
+from sora_jax.patches.rows import Segment, fill_row
+
+TOO_LARGE = "more patches than a row of data.row_length has"
+TOO_LONG_CAPTION = "caption of more tokens than data.text_length"
+
+
+class _DrawPlan(grain.transforms.RandomMap):
+    """Draws a sample of a clip as arrays that the packer can count; None where it fits no row."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def random_map(self, clip: int, rng: np.random.Generator) -> dict[str, NumpyArray] | None:
+        """Returns one byte for each patch and caption token, and the sample itself as a row of numbers."""
+        return self._shard.plan(int(clip), rng)
+
+
+class Shard(Iterator[PackedBatch]):
+    """The rows of one logical shard, endless or of one epoch.
+
+    Args:
+        source: the split's clips.
+        captions: token states of their captions.
+        data: sampling, budgets and seed.
+        patch: of the model.
+        index: of the shard, 0 ... data.num_shards - 1; it has every num_shards-th clip.
+        repeat: go on for ever, in a new order each epoch.
+        max_clips: of the split, for all shards together.
+
+    Attributes:
+        skipped: how often each (clip name, reason) was left out since the shard was made.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        captions: CaptionTable,
+        data: DataConfig,
+        patch: PatchConfig,
+        index: int,
+        repeat: bool,
+        max_clips: int | None,
+    ) -> None:
+        self._source, self._captions, self._data, self._patch = source, captions, data, patch
+        self.skipped: collections.Counter[tuple[str, str]] = collections.Counter()
+        clips = select_clips(len(source), max_clips, data.clip_seed)[index :: data.num_shards]
+        self._null_length = int(captions.lengths([""])[0])
+        self._caption_lengths = captions.lengths(source.metadata.captions)
+        self._rows: Any = None
+        if len(clips):
+            plans = grain.MapDataset.source(clips.tolist()).seed(data.seed * data.num_shards + index).shuffle()
+            plans = plans.repeat() if repeat else plans
+            # grain's threads would only get in the way of a plan that takes microseconds.
+            plans = plans.random_map(_DrawPlan(self)).filter(lambda plan: plan is not None)
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            self._rows = iter(
+                grain.experimental.BestFitPackIterDataset(
+                    plans.to_iter_dataset(options),
+                    length_struct={
+                        "patches": data.row_length,
+                        "text": data.text_length,
+                        "sample": data.max_segments,
+                    },
+                    num_packing_bins=data.num_bins,
+                    seed=data.seed,
+                )
+            )
+
+    def plan(self, clip: int, rng: np.random.Generator) -> dict[str, NumpyArray] | None:
+        """Draws a sample of a clip, as arrays whose lengths are what it needs of a row's budgets."""
+        m = self._source.metadata
+        sample = draw_sample(
+            rng, clip, int(m.num_frames[clip]), float(m.fps[clip]), int(m.height[clip]), int(m.width[clip]),
+            self._data, self._patch,
+        )  # fmt: skip
+        if sample is None:
+            self.skipped[m.names[clip], TOO_LARGE] += 1
+            return None
+        text = self._null_length if sample.caption_dropped else int(self._caption_lengths[clip])
+        if text > self._data.text_length:
+            self.skipped[m.names[clip], TOO_LONG_CAPTION] += 1
+            return None
+        patches = num_tokens(sample.num_frames, sample.height, sample.width, self._patch.size)
+        numbers = (sample.clip, sample.start, sample.num_frames, sample.fps, sample.height, sample.width)
+        return {
+            "patches": np.zeros(patches, np.uint8),
+            "text": np.zeros(text, np.uint8),
+            "sample": np.array([[*numbers, sample.caption_dropped]], np.float64),
+        }
+
+    def next_plan(self) -> list[Sample]:
+        """Returns the samples of the next row; StopIteration where the epoch has ended."""
+        if self._rows is None:
+            raise StopIteration
+        row = next(self._rows)
+        return [
+            Sample(int(clip), float(start), int(frames), float(fps), int(height), int(width), bool(dropped))
+            for clip, start, frames, fps, height, width, dropped in row["sample"][row["sample_segment_ids"] > 0]
+        ]
+
+    def __next__(self) -> PackedBatch:
+        return self.fill(self.next_plan())
+
+    def fill(self, samples: list[Sample]) -> PackedBatch:
+        """Decodes samples and packs them into a row (without a batch axis)."""
+        return fill_row(
+            [self.segment(sample) for sample in samples], **row_budgets(self._data, self._patch, self._captions)
+        )
+
+    def segment(self, sample: Sample) -> Segment:
+        """Decodes one sample."""
+        m = self._source.metadata
+        indices = sample.frame_indices(float(m.fps[sample.clip]), int(m.num_frames[sample.clip]))
+        encoded = self._source.read_frames(sample.clip, indices)
+        frames = decode_frames(encoded, sample.height, sample.width).astype(np.float32) / 127.5 - 1
+        patches = patchify(frames, self._patch.size)
+        grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
+        caption = "" if sample.caption_dropped else m.captions[sample.clip]
+        return Segment(
+            patches=patches,
+            positions=grid_positions(grid, sample.fps, self._patch),
+            text=self._captions.lookup(caption),
+            known=np.zeros(len(patches), bool),
+            clip_id=sample.clip,
+        )
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Returns the place in the data, JSON-able."""
+        return None if self._rows is None else self._rows.get_state()
+
+    def set_state(self, state: dict[str, Any] | None) -> None:
+        """Goes to a place that `get_state` returned."""
+        if self._rows is not None:
+            self._rows.set_state(state)
+
+
+def row_budgets(data: DataConfig, patch: PatchConfig, captions: CaptionTable) -> dict[str, int]:
+    """Returns the arguments of `fill_row` that a data set's rows have in common."""
+    return {
+        "row_length": data.row_length,
+        "text_length": data.text_length,
+        "max_segments": data.max_segments,
+        "patch_dim": patch.dim,
+        "text_dim": captions.dim,
+    }

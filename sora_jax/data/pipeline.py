@@ -1,0 +1,209 @@
+"""Batches of packed rows, from a prepared data set.
+
+The data is cut into `data.num_shards` logical shards. A batch takes the same number of rows from each, in the order
+of the shards; a host owns a run of neighbouring shards and so makes its own run of the batch's rows. Neither the
+number of hosts nor that of worker processes changes the rows of a batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from sora_jax.array_types import PackedBatch
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data.captions import CaptionTable
+from sora_jax.data.packing import Shard, row_budgets
+from sora_jax.data.sources import ClipSource, open_source
+from sora_jax.data.workers import Made, Worker, make_row
+from sora_jax.patches.rows import fill_row, stack_rows
+
+
+@dataclasses.dataclass
+class PipelineStatistics:
+    """What a pipeline has given so far on this host.
+
+    Attributes:
+        rows: rows given.
+        clips: samples in them.
+        real_tokens: patches in them that are not padding.
+        tokens: patches they have room for.
+        waited_seconds: time that `next` took.
+        skipped: how often each (clip name, reason) was left out.
+        worker_cpu_seconds: processor time of each worker process.
+    """
+
+    rows: int = 0
+    clips: int = 0
+    real_tokens: int = 0
+    tokens: int = 0
+    waited_seconds: float = 0.0
+    skipped: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    worker_cpu_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def real_token_share(self) -> float:
+        """Share of the rows' tokens that are not padding."""
+        return self.real_tokens / self.tokens if self.tokens else 0.0
+
+
+class PackedPipeline(Iterator[PackedBatch]):
+    """Iterates over this host's rows of each batch; see `make_pipeline`."""
+
+    def __init__(
+        self,
+        source: ClipSource,
+        captions: CaptionTable,
+        data: DataConfig,
+        patch: PatchConfig,
+        *,
+        repeat: bool,
+        max_clips: int | None,
+        process_index: int,
+        process_count: int,
+    ) -> None:
+        if data.num_shards % process_count:
+            raise ValueError(
+                f"data.num_shards must be a multiple of the number of hosts ({process_count}), got {data.num_shards}."
+            )
+        owned = data.num_shards // process_count
+        self.statistics = PipelineStatistics()
+        self._data = data
+        self._shards = list(range(process_index * owned, (process_index + 1) * owned))
+        self._rows_per_shard = data.batch_size // data.num_shards
+        self._open_shard = functools.partial(
+            _open_shard, source, captions, data, patch, repeat=repeat, max_clips=max_clips
+        )
+        self._empty_row = fill_row([], **row_budgets(data, patch, captions))
+        self._states: dict[int, Any] = {shard: None for shard in self._shards}
+        self._makers: dict[int, Worker | Shard] = {}
+
+    def __next__(self) -> PackedBatch:
+        began = time.perf_counter()
+        if not self._makers:
+            self._start()
+        made = [(shard, self._make(shard)) for shard in self._shards for _ in range(self._rows_per_shard)]
+        rows = [m.row for _, m in made if m.row is not None]
+        for shard, m in made:
+            self._states[shard] = m.state
+        if not rows:
+            raise StopIteration
+        batch = stack_rows([self._empty_row if m.row is None else m.row for _, m in made])
+        stats = self.statistics
+        stats.rows += len(rows)
+        stats.clips += int((batch.clip_ids >= 0).sum())
+        stats.real_tokens += int((batch.segment_ids > 0).sum())
+        stats.tokens += len(rows) * self._data.row_length
+        stats.waited_seconds += time.perf_counter() - began
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the place after the last batch given, JSON-able: that of each shard of this host, by its index."""
+        return {str(shard): state for shard, state in self._states.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place; `state` may hold the shards of other hosts too.
+
+        Raises:
+            ValueError: a shard of this host is missing.
+        """
+        missing = [shard for shard in self._shards if str(shard) not in state]
+        if missing:
+            raise ValueError(f"the saved place of the data lacks shard {missing[0]}; it has {', '.join(state)}.")
+        self.close()
+        self._states = {shard: state[str(shard)] for shard in self._shards}
+
+    def close(self) -> None:
+        """Ends the worker processes; the next batch starts them again."""
+        for maker in self._makers.values():
+            if isinstance(maker, Worker):
+                maker.close()
+        self._makers = {}
+
+    def __enter__(self) -> PackedPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        """Opens the shards, in this process or in workers."""
+        num_workers = min(self._data.num_workers, len(self._shards))
+        if num_workers == 0:
+            for index in self._shards:
+                shard = self._makers[index] = self._open_shard(index)
+                if self._states[index] is not None:
+                    shard.set_state(self._states[index])
+        for number in range(num_workers):
+            shards = self._shards[number::num_workers]
+            ahead = self._data.prefetch * self._rows_per_shard * len(shards)
+            states = {shard: self._states[shard] for shard in shards}
+            worker = Worker(self._open_shard, shards, states, self._rows_per_shard, ahead)
+            self._makers.update(dict.fromkeys(shards, worker))
+
+    def _make(self, shard: int) -> Made:
+        """Returns a shard's next row, and takes note of what it says of itself."""
+        maker = self._makers[shard]
+        made = maker.get() if isinstance(maker, Worker) else make_row(maker)
+        self.statistics.skipped.update(made.skipped)
+        if isinstance(maker, Worker):
+            self.statistics.worker_cpu_seconds[id(maker)] = made.cpu_seconds
+        return made
+
+
+def make_pipeline(
+    data: DataConfig,
+    patch: PatchConfig,
+    captions: CaptionTable,
+    split: str | None = None,
+    *,
+    training: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> PackedPipeline:
+    """Opens a split of a prepared data set.
+
+    Args:
+        data: where it is, how it is sampled and packed.
+        patch: of the model.
+        captions: token states of the split's captions.
+        split: of the data set; `data.split` where it is None.
+        training: endless, with caption dropout, on `data.max_clips` clips; otherwise every clip of the split once,
+            with its caption, decoded in this process. The last batch is filled up with empty rows.
+        process_index: of this host.
+        process_count: number of hosts.
+
+    Raises:
+        ValueError: no such data, or shards that cannot be shared out among the hosts.
+    """
+    source = open_source(data.path, split or data.split)
+    if not training:
+        data = dataclasses.replace(data, caption_dropout=0.0, num_workers=0)
+    return PackedPipeline(
+        source,
+        captions,
+        data,
+        patch,
+        repeat=training,
+        max_clips=data.max_clips if training else None,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _open_shard(
+    source: ClipSource,
+    captions: CaptionTable,
+    data: DataConfig,
+    patch: PatchConfig,
+    index: int,
+    *,
+    repeat: bool,
+    max_clips: int | None,
+) -> Shard:
+    """Opens one logical shard, in the process that will read it."""
+    return Shard(source, captions, data, patch, index, repeat, max_clips)

@@ -1,0 +1,180 @@
+"""The stored form of a clip, and the index that lets a data set be planned without touching its frames.
+
+A record is one clip: its frames as separate JPEG pictures, so that a few of them can be decoded without the others,
+and its caption, rate and size. Beside the records of a split stands `index-<split>.json`, with everything but the
+frames, in the order of the records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from sora_jax.array_types import NumpyArray
+
+INDEX_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipRecord:
+    """One stored clip.
+
+    Attributes:
+        clip_id: unique in its data set, the same whatever the split.
+        name: of the file (and the part of it) that the clip came from.
+        caption: what it shows; may be empty.
+        fps: frames a second.
+        height, width: of every frame, in pixels.
+        frames: encoded pictures.
+    """
+
+    clip_id: int
+    name: str
+    caption: str
+    fps: float
+    height: int
+    width: int
+    frames: list[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipMetadata:
+    """Everything about N clips but their frames.
+
+    Attributes:
+        clip_ids: (N,) int64.
+        num_frames, height, width: (N,) int32.
+        fps: (N,) float32, frames a second.
+        captions, names: N strings each.
+    """
+
+    clip_ids: NumpyArray
+    num_frames: NumpyArray
+    height: NumpyArray
+    width: NumpyArray
+    fps: NumpyArray
+    captions: list[str]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ClipMetadata]) -> ClipMetadata:
+        """Joins the metadata of several ranges of clips."""
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts] or [np.zeros(0)]).astype(dtype)
+            for name, dtype in _DTYPES.items()
+        }
+        captions = [caption for part in parts for caption in part.captions]
+        return cls(**arrays, captions=captions, names=[name for part in parts for name in part.names])
+
+    def select(self, indices: NumpyArray) -> ClipMetadata:
+        """Returns the metadata of the clips at `indices`, in that order."""
+        rows = np.asarray(indices, np.int64)
+        arrays = {name: getattr(self, name)[rows] for name in _DTYPES}
+        return ClipMetadata(**arrays, captions=[self.captions[i] for i in rows], names=[self.names[i] for i in rows])
+
+
+_DTYPES = {
+    "clip_ids": np.int64,
+    "num_frames": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "fps": np.float32,
+}
+
+
+def clip_features() -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a clip record."""
+    return tfds.features.FeaturesDict(
+        {
+            "clip_id": np.int64,
+            "name": tfds.features.Text(),
+            "caption": tfds.features.Text(),
+            "fps": np.float32,
+            "num_frames": np.int32,
+            "height": np.int32,
+            "width": np.int32,
+            "frames": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")),
+        }
+    )
+
+
+def to_example(record: ClipRecord) -> dict[str, Any]:
+    """Returns a record as the example that a TFDS builder yields."""
+    example = dataclasses.asdict(record)
+    # An image feature takes a file object as what is already encoded.
+    return example | {"num_frames": len(record.frames), "frames": [io.BytesIO(frame) for frame in record.frames]}
+
+
+def parse_example(serialized: bytes) -> dict[str, list[Any]]:
+    """Returns the values of a serialised `tf.train.Example` by key, without decoding any picture."""
+    features = tf_example_pb2.Example.FromString(serialized).features.feature
+    return {
+        key: list(getattr(value, value.WhichOneof("kind") or "bytes_list").value) for key, value in features.items()
+    }
+
+
+def from_example(serialized: bytes) -> ClipRecord:
+    """Reads back a serialised record of `clip_features`."""
+    values = parse_example(serialized)
+    return ClipRecord(
+        clip_id=values["clip_id"][0],
+        name=values["name"][0].decode(),
+        caption=values["caption"][0].decode(),
+        fps=values["fps"][0],
+        height=values["height"][0],
+        width=values["width"][0],
+        frames=values["frames"],
+    )
+
+
+def metadata_from_rows(rows: list[dict[str, Any]]) -> ClipMetadata:
+    """Gathers one dictionary a clip (keys `clip_ids, num_frames, height, width, fps, caption, name`)."""
+    columns = {name: np.array([row[name] for row in rows], dtype) for name, dtype in _DTYPES.items()}
+    return ClipMetadata(**columns, captions=[row["caption"] for row in rows], names=[row["name"] for row in rows])
+
+
+def picture_size(encoded: bytes) -> tuple[int, int]:
+    """Returns (height, width) of an encoded picture from its header."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.height, image.width
+
+
+def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -> None:
+    """Writes `index-<split>.json` beside the records, whole or not at all."""
+    columns = {name: getattr(metadata, name).tolist() for name in _DTYPES}
+    text = json.dumps(
+        {"version": INDEX_VERSION, **columns, "captions": metadata.captions, "names": metadata.names},
+        ensure_ascii=False,
+    )
+    write_atomically(epath.Path(directory) / f"index-{split}.json", text)
+
+
+def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
+    """Reads `index-<split>.json`; None where there is none or another version wrote it."""
+    path = epath.Path(directory) / f"index-{split}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    if values.pop("version", None) != INDEX_VERSION:
+        return None
+    arrays = {name: np.array(values[name], dtype) for name, dtype in _DTYPES.items()}
+    return ClipMetadata(**arrays, captions=values["captions"], names=values["names"])
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a text file under another name and renames it, so that no reader sees half of it."""
+    temporary = path.parent / f"{path.name}.incomplete"
+    temporary.write_text(text)
+    temporary.replace(path)

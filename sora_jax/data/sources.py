@@ -1,0 +1,152 @@
+"""Random access to prepared clips: all metadata at once, and a few frames of one clip at a time.
+
+A data set that `experiments/prepare_data.py` wrote, or any prepared TFDS data set in ArrayRecord that has a picture
+(`Image`) or a video (`Video`, `Sequence(Image)`) a record, is read through the same `ClipSource`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
+from etils import epath
+from tensorflow_datasets.core import dataset_info as tfds_info
+from tqdm import tqdm
+
+from sora_jax.data.layout import RecordLayout
+from sora_jax.data.records import ClipMetadata, metadata_from_rows, parse_example, read_index, write_index
+
+
+class ClipSource:
+    """The clips of one split, by index.
+
+    Only its location and metadata are pickled: a worker process opens the records itself, at its first read.
+
+    Args:
+        path: directory of a prepared TFDS data set, or one above it that holds a single data set.
+        split: name of a split, or what TFDS makes of names (`train[:100]`, `train+unseen`).
+
+    Attributes:
+        metadata: of every clip, in the order of the indices.
+
+    Raises:
+        ValueError: no data set at `path`, an unknown split, records that are not ArrayRecord, or no picture or video
+            feature; the message says what there is.
+    """
+
+    def __init__(self, path: str, split: str = "train"):
+        self.path = str(find_dataset(path))
+        self.split = split
+        self._layout = RecordLayout.read(self.path)
+        self._records: Any = None
+        splits = _read_splits(self.path)
+        spans = _spans(splits, split, self.path)
+        self._files = [
+            instruction
+            for name, start, stop in spans
+            for instruction in splits[f"{name}[{start}:{stop}]"].file_instructions
+        ]
+        indices = {name: self._index(name, splits[name]) for name, _, _ in spans}
+        parts = [indices[name].select(np.arange(start, stop)) for name, start, stop in spans]
+        self.metadata = ClipMetadata.concatenate(parts)
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_records": None}
+
+    def read_frames(self, index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Reads some frames of a clip, still encoded.
+
+        Args:
+            index: of the clip, 0 ... len - 1.
+            frame_indices: of the frames, 0 ... num_frames - 1, in any order.
+
+        Returns:
+            One encoded picture for each frame index.
+
+        Raises:
+            IndexError: `index` or a frame index is out of range.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip index must be in 0 ... {len(self) - 1}, got {index}.")
+        count = int(self.metadata.num_frames[index])
+        if bad := [i for i in frame_indices if not 0 <= i < count]:
+            raise IndexError(f"frame indices of clip {index} must be in 0 ... {count - 1}, got {bad[0]}.")
+        if self._records is None:
+            self._records = _open_records(self._files)
+        frames = parse_example(self._records[int(index)])[self._layout.frames]
+        return [frames[i] for i in frame_indices]
+
+    def _index(self, split: str, info: Any) -> ClipMetadata:
+        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them."""
+        metadata = read_index(self.path, split)
+        if metadata is not None and len(metadata) == info.num_examples:
+            return metadata
+        records = _open_records(info.file_instructions)
+        progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
+        metadata = metadata_from_rows([self._layout.row(i, records[i]) for i in progress])
+        with contextlib.suppress(OSError):  # where the data set is read-only, the pass is made again next time
+            write_index(epath.Path(self.path), split, metadata)
+        return metadata
+
+
+def open_source(path: str, split: str = "train") -> ClipSource:
+    """Opens one split of a prepared data set; see `ClipSource`."""
+    return ClipSource(path, split)
+
+
+def find_dataset(path: str) -> epath.Path:
+    """Returns the directory of the TFDS data set at `path`, or of the only one below it (`<name>/<version>`).
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    if not path:
+        raise ValueError("data.path is empty: name the directory that experiments/prepare_data.py printed.")
+    root = epath.Path(path)
+    for pattern in ("", "*", "*/*"):
+        directories = [root] if not pattern else sorted(root.glob(pattern)) if root.exists() else []
+        found = [d for d in directories if (d / "dataset_info.json").exists() and "incomplete." not in d.name]
+        if len(found) > 1:
+            raise ValueError(f"{path!r} holds several data sets, name one: {', '.join(map(str, found))}.")
+        if found:
+            return found[0]
+    raise ValueError(
+        f"{path!r} holds no prepared TFDS data set (no dataset_info.json); run experiments/prepare_data.py."
+    )
+
+
+def _read_splits(path: str) -> Any:
+    """Returns the TFDS `SplitDict` of a data set.
+
+    `tfds.builder_from_directory` would also construct the features, which for `Video` imports TensorFlow.
+    """
+    proto = tfds_info.read_proto_from_builder_dir(path)
+    if proto.file_format != "array_record":
+        raise ValueError(
+            f"the data set at {path} is stored as {proto.file_format or 'tfrecord'}; prepare it with "
+            'file_format="array_record" (tfds build --file_format=array_record).'
+        )
+    return tfds_info.get_split_dict_from_proto(proto, data_dir=path, file_format=proto.file_format)
+
+
+def _spans(splits: Any, split: str, path: str) -> list[tuple[str, int, int]]:
+    """Returns the (name, first record, end) ranges that a split specification stands for."""
+    try:
+        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(f"split {split!r} cannot be read from {path}; its splits are {', '.join(splits)}.") from error
+    ends = {name: info.num_examples for name, info in splits.items()}
+    spans = [(i.splitname, i.from_ or 0, ends[i.splitname] if i.to is None else i.to) for i in instructions]
+    return [span for span in spans if span[1] < span[2]]
+
+
+def _open_records(files: Sequence[Any]) -> Any:
+    """Returns the serialised records of TFDS file instructions by index."""
+    return array_record_data_source.ArrayRecordDataSource(files)

@@ -1,0 +1,129 @@
+"""How a clip is sampled: its duration, frame rate, size and start, with the aspect kept.
+
+A `Sample` is a plan: it is drawn from metadata alone, and says how many patches the clip will have before any
+frame is decoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from sora_jax.array_types import NumpyArray
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.patches.patchify import num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What is taken of a clip.
+
+    Attributes:
+        clip: its index in the source.
+        start: seconds from the clip's beginning to the first frame.
+        num_frames: frames taken.
+        fps: frames a second taken.
+        height, width: in pixels, multiples of the patch's.
+        caption_dropped: whether it goes with the null caption.
+    """
+
+    clip: int
+    start: float
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    caption_dropped: bool
+
+    def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
+        """Returns the stored frame shown at each moment of the sample."""
+        moments = self.start + np.arange(self.num_frames) / self.fps
+        # The small term keeps a moment that falls on a frame from slipping to the one before it by rounding.
+        return np.clip(np.floor(moments * clip_fps + 1e-4), 0, clip_frames - 1).astype(int).tolist()
+
+
+def fit_size(
+    height: int, width: int, long_side: float, patch: PatchConfig, num_frames: int, budget: int
+) -> tuple[int, int] | None:
+    """Returns the size at which a clip of this aspect has about this long side and at most `budget` patches.
+
+    Both sides are rounded to multiples of the patch's, so the aspect is kept to within half a patch.
+
+    Args:
+        height: stored height in pixels.
+        width: stored width in pixels.
+        long_side: wanted, in pixels; never above the stored one.
+        patch: gives the multiples.
+        num_frames: of the sample.
+        budget: most patches.
+
+    Returns:
+        (height, width), smaller than wanted where the budget asks for it, or None where not even one patch a frame
+        fits.
+    """
+    _, ph, pw = patch.size
+    long_side = min(long_side, max(height, width))
+    while True:
+        scale = long_side / max(height, width)
+        size = max(round(height * scale / ph), 1) * ph, max(round(width * scale / pw), 1) * pw
+        tokens = num_tokens(num_frames, *size, patch.size)
+        if tokens <= budget:
+            return size
+        if size == (ph, pw):
+            return None
+        long_side = min(long_side * math.sqrt(budget / tokens), long_side - 1)
+
+
+def draw_sample(
+    rng: np.random.Generator,
+    clip: int,
+    clip_frames: int,
+    clip_fps: float,
+    height: int,
+    width: int,
+    data: DataConfig,
+    patch: PatchConfig,
+) -> Sample | None:
+    """Draws what is taken of a clip, as `data` says.
+
+    Args:
+        rng: of this draw.
+        clip: index of the clip.
+        clip_frames: frames it has.
+        clip_fps: frames a second it is stored with.
+        height: in pixels.
+        width: in pixels.
+        data: bounds of duration, rate and size, the row's length, and what to do with a sample above it.
+        patch: gives sizes their multiples.
+
+    Returns:
+        The sample, or None where it does not fit a row and `data.oversize` is `skip` (or nothing smaller fits).
+    """
+    still, frames, rate, side, start, dropped = rng.random(6)
+    fps = min(_log_uniform(rate, *data.fps), clip_fps)
+    if clip_frames == 1 or still < data.still_share:
+        num_frames = 1
+    else:
+        most = max(int(clip_frames / clip_fps * fps), 1)
+        num_frames = min(round(_log_uniform(frames, *data.num_frames)), most)
+    last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
+    long_side = _log_uniform(side, *data.long_side)
+    budget = data.row_length if data.oversize == "resize" else 2**31
+    size = fit_size(height, width, long_side, patch, num_frames, budget)
+    if size is None or num_tokens(num_frames, *size, patch.size) > data.row_length:
+        return None
+    return Sample(clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout))
+
+
+def select_clips(num_clips: int, max_clips: int | None, seed: int) -> NumpyArray:
+    """Returns the indices, in order, of `max_clips` clips drawn by `seed`, or of all."""
+    if max_clips is None or max_clips >= num_clips:
+        return np.arange(num_clips)
+    return np.sort(np.random.default_rng(seed).permutation(num_clips)[:max_clips])
+
+
+def _log_uniform(u: float, low: float, high: float) -> float:
+    """Maps u in [0, 1) to a number whose logarithm is uniform between those of `low` and `high`."""
+    return float(np.exp(np.log(low) + u * (np.log(high) - np.log(low))))

@@ -1,0 +1,1 @@
+"""From prompts to clips: the sampler around a trained model."""

@@ -1,0 +1,262 @@
+"""From prompts to clips: text encoder, packed canvas, sampler, pixels.
+
+In short:
+
+pipeline = SoraPipeline.from_pretrained()
+clips = pipeline(["frog", "rocket"], num_frames=[8, 1], height=48, width=48, seed=0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.config import ExperimentConfig, MeshConfig
+from sora_jax.diffusion.flow import to_velocity
+from sora_jax.diffusion.guidance import classifier_free
+from sora_jax.diffusion.samplers import STEPS, flow_times, sample_chunk
+from sora_jax.generation.canvas import ClipRequest, blank_segment, make_requests, pack_canvas, unpack_clips
+from sora_jax.models.sora import SoraTransformer
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.parallel.rules import batch_sharding, replicated
+
+DEFAULT_MODEL = epath.Path(__file__).parent.parent / "assets" / "sora_emoji"
+LONGEST_CHUNK = 5  # sampler steps in one compiled scan, and between two calls of `progress`
+
+
+class TextEncoder(Protocol):
+    """What the pipeline needs of a text encoder."""
+
+    dim: int
+
+    def encode(self, captions: list[str], max_tokens: int) -> list[Float[np.ndarray, "tokens dim"]]:
+        """Returns each caption's token states, cut to `max_tokens` with a warning."""
+        ...
+
+
+class SoraPipeline:
+    """A trained model, ready to be asked for clips.
+
+    Calls of equal shapes (and sampler) share one compiled function; `params` may be replaced by others of the same
+    shapes between calls (`pipeline.params = ema_params`), which costs no compilation either.
+
+    Args:
+        config: of the experiment that trained the model.
+        params: its (EMA) parameters, unboxed.
+        text_encoder: of the captions.
+        devices: the rows are split over them (default: all of this host).
+        tokens_per_batch: most tokens that one device samples at once; more clips are sampled batch after batch.
+
+    Raises:
+        ValueError: a text encoder of another width than the model reads.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        params: PyTree,
+        text_encoder: TextEncoder,
+        devices: Sequence[jax.Device] | None = None,
+        tokens_per_batch: int = 16_384,
+    ):
+        if text_encoder.dim != config.model.text_dim:
+            raise ValueError(
+                f"the text encoder gives tokens of width {text_encoder.dim}; the model's text_dim is "
+                f"{config.model.text_dim}."
+            )
+        if tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
+        self.config = config
+        self.text_encoder = text_encoder
+        self.tokens_per_batch = tokens_per_batch
+        self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
+        self.params = params
+        # The kernel that trained the model need not exist here; all of them compute the same.
+        model_config = dataclasses.replace(config.model, attention="auto", remat="none")
+        self._model = SoraTransformer(model_config, config.patch.dim)
+        self._sample = jax.jit(
+            self._sample_chunk,
+            static_argnames="sampler",
+            donate_argnames="x",
+            out_shardings=batch_sharding(self._mesh),  # what goes in, or the second chunk would compile again
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | epath.PathLike | None = None) -> SoraPipeline:
+        """Loads a run directory or an exported model directory; without `path`, the released default.
+
+        Raises:
+            FileNotFoundError: there is no model at `path`.
+            ValueError: the files there do not make a model.
+        """
+        from sora_jax.models.text.minilm import load_text_encoder
+        from sora_jax.training.checkpoint import load_model
+
+        config, params = load_model(DEFAULT_MODEL if path is None else epath.Path(path))
+        return cls(config, params, load_text_encoder())
+
+    @property
+    def params(self) -> PyTree:
+        """The model's parameters, on every device."""
+        return self._params
+
+    @params.setter
+    def params(self, params: PyTree) -> None:
+        self._params = jax.device_put(params, replicated(self._mesh))
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        num_frames: int | Sequence[int] | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        fps: float | Sequence[float] | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        sampler: str = "euler",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Makes one clip a prompt.
+
+        Where an argument is None, the model's `config.sample` says what it is best asked for.
+
+        Args:
+            prompts: captions; an empty one gives an unconditional sample. Cut to the model's caption length with a
+                warning.
+            num_frames: of the clips, one value or one for each prompt (so `height`, `width`, `fps` and `seed`);
+                1 is an image.
+            height: in pixels, a multiple of the patch's.
+            width: in pixels, a multiple of the patch's.
+            fps: frames a second.
+            num_steps: of the sampler.
+            guidance_scale: of classifier-free guidance; 1 is none, which takes half the time.
+            seed: a single one s gives prompt i the seed s + i.
+            sampler: `euler`, or `heun`, which is of second order and evaluates the model twice a step.
+            progress: called with (steps done, steps in all) from time to time, for a progress bar.
+
+        Returns:
+            For each prompt a (T, H, W, 3) uint8 array.
+
+        Raises:
+            ValueError: an argument that cannot be, naming it and what would work.
+        """
+        sample = self.config.sample
+        given = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+        given = {name: getattr(sample, name) if value is None else value for name, value in given.items()}
+        requests = make_requests(list(prompts) if not isinstance(prompts, str) else prompts, seed, **given)
+        num_steps = sample.num_steps if num_steps is None else num_steps
+        scale = sample.guidance_scale if guidance_scale is None else guidance_scale
+        if sampler not in STEPS:
+            raise ValueError(f"sampler must be one of {', '.join(STEPS)}, got {sampler!r}.")
+        if not np.isfinite(scale):
+            raise ValueError(f"guidance_scale must be finite, got {scale!r}.")
+        times = flow_times(num_steps)
+        return [to_pixels(clip) for clip in self._clips(requests, times, float(scale), sampler, progress)]
+
+    def _clips(
+        self,
+        requests: Sequence[ClipRequest],
+        times: Float[np.ndarray, " times"],
+        scale: float,
+        sampler: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Float[np.ndarray, "frames height width channels"]]:
+        """Returns the sampled clips, in the range that the model was trained on."""
+        patch = self.config.patch
+        captions = list(dict.fromkeys(["", *(request.prompt.strip() for request in requests)]))
+        text = dict(zip(captions, self.text_encoder.encode(captions, self.config.data.max_caption_tokens), strict=True))
+        segments = [blank_segment(r, i, text[r.prompt.strip()], patch) for i, r in enumerate(requests)]
+
+        num_devices = self._mesh.size
+        longest = max(len(segment.patches) for segment in segments)
+        most_rows = num_devices * max(1, self.tokens_per_batch // longest)
+        rows, null_rows = pack_canvas(segments, text[""], num_devices)
+        if len(rows.patches) > most_rows:  # equal batches, so that one function serves them all
+            rows, null_rows = pack_canvas(segments, text[""], most_rows)
+        size = min(len(rows.patches), most_rows)
+
+        starts = range(0, len(rows.patches), size)
+        num_steps, sampled = len(times) - 1, []
+        for number, start in enumerate(starts):
+
+            def report(step: int, done: int = number * num_steps) -> None:
+                progress(done + step, len(starts) * num_steps)
+
+            batch, null = (PackedBatch(*(a[start : start + size] for a in some)) for some in (rows, null_rows))
+            null = null if scale != 1 else None
+            sampled.append(self._sample_batch(batch, null, times, scale, sampler, report if progress else None))
+        return unpack_clips(np.concatenate(sampled), rows, requests, patch)
+
+    def _sample_batch(
+        self,
+        batch: PackedBatch,
+        null: PackedBatch | None,
+        times: Float[np.ndarray, " times"],
+        scale: float,
+        sampler: str,
+        report: Callable[[int], None] | None,
+    ) -> Float[np.ndarray, "rows length values"]:
+        """Samples the rows of one batch; `null` holds them with the null caption, None for no guidance."""
+        sharding = batch_sharding(self._mesh)
+        arrays = jax.device_put(batch, sharding)
+        null_text = None if null is None else jax.device_put((null.text, null.text_segment_ids), sharding)
+        num_steps = len(times) - 1
+        chunk = next(n for n in range(min(LONGEST_CHUNK, num_steps), 0, -1) if num_steps % n == 0)
+        x = jax.device_put(batch.patches, sharding)
+        if report is not None:
+            report(0)
+        for start in range(0, num_steps, chunk):
+            part = times[start : start + chunk + 1]
+            x = self._sample(self.params, x, part, arrays, null_text, np.float32(scale), sampler=sampler)
+            if report is not None:
+                x.block_until_ready()
+                report(start + chunk)
+        return np.asarray(x)
+
+    def _sample_chunk(
+        self,
+        params: PyTree,
+        x: Float[Array, "rows length values"],
+        times: Float[Array, " times"],
+        batch: PackedBatch,
+        null_text: tuple[Float[Array, "rows text dim"], Int[Array, "rows text"]] | None,
+        scale: Float[Array, ""],
+        sampler: str,
+    ) -> Float[Array, "rows length values"]:
+        """Takes rows through `times`: asked patches move, known patches and padding stay as they are."""
+
+        def velocity(x: Array, t: Array, text: Array, text_segment_ids: Array) -> Array:
+            copies = len(text) // len(x)  # the rows with their captions and, under guidance, once more without
+            x, positions, segment_ids, level_ids, asked = (
+                jnp.concatenate([array] * copies)
+                for array in (x, batch.positions, batch.segment_ids, batch.level_ids, batch.loss_mask)
+            )
+            levels = jnp.tile(jnp.stack([t, jnp.zeros_like(t)]), (len(x), batch.clip_ids.shape[1]))  # asked, known
+            output = self._model.apply(
+                {"params": params}, x, positions, segment_ids, levels, level_ids, text, text_segment_ids
+            )
+            v = to_velocity(output, x, jnp.where(asked, t, 0), self.config.flow)
+            return jnp.where(asked[..., None], v, 0)
+
+        def denoise(x: Array, t: Array) -> Array:
+            if null_text is None:
+                return velocity(x, t, batch.text, batch.text_segment_ids)
+            text = jnp.concatenate([batch.text, null_text[0]])
+            ids = jnp.concatenate([batch.text_segment_ids, null_text[1]])
+            conditional, unconditional = jnp.split(velocity(x, t, text, ids), 2)
+            return classifier_free(lambda *_: conditional, lambda *_: unconditional, scale)(x, t)
+
+        return sample_chunk(denoise, x, times, STEPS[sampler])
+
+
+def to_pixels(clip: Float[np.ndarray, "frames height width channels"]) -> np.ndarray:
+    """Returns values in [-1, 1] as uint8 pixels; what lies outside is clipped."""
+    return np.round((np.clip(clip, -1, 1) + 1) * 127.5).astype(np.uint8)

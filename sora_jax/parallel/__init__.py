@@ -1,0 +1,1 @@
+"""Device meshes, sharding rules, several hosts, and planning a TPU run without a TPU."""

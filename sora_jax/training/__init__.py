@@ -1,0 +1,1 @@
+"""The train state, the step, the loop around it, and what it writes."""

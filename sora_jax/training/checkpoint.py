@@ -1,0 +1,251 @@
+"""Checkpoints of a run by Orbax, and the exported form of a model (safetensors and the run's JSON).
+
+A checkpoint's items stand apart (`params`, `ema_params`, `opt_state`, `data`), so that what only samples reads the
+averaged parameters alone. Saving is asynchronous; a directory that a killed process left half written has a
+temporary name, is never taken for a checkpoint and is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from sora_jax.array_types import PyTree
+from sora_jax.config import ExperimentConfig
+from sora_jax.training.run_directory import read_config, write_config
+from sora_jax.training.state import TrainState, abstract_params
+
+FOLDER = "checkpoints"
+WEIGHTS = "model.safetensors"
+STORAGE_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {"F32": np.dtype("float32"), "BF16": jax.numpy.dtype("bfloat16"), "F16": np.dtype("float16")}
+
+
+class Checkpointer:
+    """Saves and restores a run's state; keeps the last checkpoints and the best.
+
+    Args:
+        workdir: directory of the run.
+        keep: newest checkpoints that are kept, beside the one with the lowest held-out loss.
+        track_best: whether there will be held-out losses.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int, track_best: bool = True) -> None:
+        policies = [
+            preservation_policy.LatestN(keep),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics["held_out_loss"],
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=(lambda metrics: metrics["held_out_loss"]) if track_best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        directory = epath.Path(workdir).absolute() / FOLDER
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema_params", "opt_state")}
+        handlers["data"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest held-out loss among the checkpoints, infinite where none has one."""
+        losses = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        return min((loss["held_out_loss"] for loss in losses if loss), default=math.inf)
+
+    def save(self, step: int, state: TrainState, data: Any, held_out_loss: float | None = None) -> None:
+        """Starts to save; returns once the state may be overwritten. A step that is already saved is left alone.
+
+        Args:
+            step: updates made.
+            state: after them.
+            data: JSON-able state of the data iterator after the last batch of them.
+            held_out_loss: at this step, if it was measured.
+        """
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema_params=ocp.args.StandardSave(state.ema_params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                data=ocp.args.JsonSave({"step": step, "state": data}),
+            ),
+            metrics=None if held_out_loss is None else {"held_out_loss": held_out_loss},
+        )
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
+        """Restores a checkpoint, bitwise as it was saved.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state.
+            step: of the checkpoint (default: the newest).
+
+        Returns:
+            The state, and the data iterator's.
+
+        Raises:
+            ValueError: the checkpoint is of another model, naming the first parameter that differs.
+        """
+        step = self.latest_step if step is None else step
+        metadata = self._manager.item_metadata(step)
+        check_shapes(metadata["params"], abstract.params, f"checkpoint {step}")
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                ema_params=ocp.args.StandardRestore(abstract.ema_params),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        scalars = {"step": step, "bad_step": -1}
+        scalars = {k: jax.device_put(np.int32(v), getattr(abstract, k).sharding) for k, v in scalars.items()}
+        items = {name: restored[name] for name in ("params", "ema_params", "opt_state")}
+        return TrainState(**scalars, **items), restored["data"]["state"]
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what went wrong meanwhile."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and ends the saving threads."""
+        self._manager.close()
+
+
+def flat_names(params: PyTree) -> dict[str, Any]:
+    """Returns the leaves by their path, joined by dots, sorted."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
+
+
+def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:
+    """Raises ValueError naming the first parameter that is missing, unknown or of another shape."""
+    found, expected = flat_names(found), flat_names(expected)
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise ValueError(f"{where} is of another model: it lacks parameter {name}.")
+        if name not in expected:
+            raise ValueError(f"{where} is of another model: it has an unknown parameter {name}.")
+        shapes = tuple(found[name].shape), tuple(expected[name].shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{where} is of another model: {name} has shape {shapes[0]}, the config asks {shapes[1]}.")
+
+
+def load_model(path: epath.PathLike, averaged: bool = True) -> tuple[ExperimentConfig, PyTree]:
+    """Reads a model's config and parameters.
+
+    Args:
+        path: a run (its newest checkpoint is read), one checkpoint of a run (`WORKDIR/checkpoints/STEP`) or an
+            exported model.
+        averaged: of a run, read the EMA of the parameters rather than the parameters.
+
+    Returns:
+        The config, and the parameters as NumPy arrays, float32.
+
+    Raises:
+        FileNotFoundError: there is no model at `path`.
+        ValueError: its parameters are not those of its config, naming the first that differs.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
+    if (path / WEIGHTS).exists():
+        config = read_config(path)
+        params = _read_safetensors(path / WEIGHTS)
+    else:
+        config = read_config(path.parent.parent if path.parent.name == FOLDER else path)
+        params = _read_orbax(_checkpoint_directory(path) / ("ema_params" if averaged else "params"))
+    check_shapes(params, abstract_params(config), str(path))
+    return config, params
+
+
+def export_model(
+    path: epath.PathLike, config: ExperimentConfig, params: PyTree, storage_dtype: str = "float32"
+) -> None:
+    """Writes a model as `model.safetensors` (names joined by dots) and `config.json`.
+
+    Args:
+        path: directory; made if needed.
+        config: of the model.
+        params: float32.
+        storage_dtype: of the numbers in the file, `float32`, `bfloat16` or `float16`; reading gives float32 again.
+
+    Raises:
+        ValueError: an unknown `storage_dtype`, parameters that are not those of `config`, or one that `float16`
+            cannot hold.
+    """
+    if storage_dtype not in STORAGE_DTYPES:
+        raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_DTYPES)}, got {storage_dtype!r}.")
+    check_shapes(params, abstract_params(config), "the model to export")
+    tensors = {}
+    for name, leaf in flat_names(params).items():
+        with np.errstate(over="ignore"):
+            tensors[name] = np.asarray(leaf).astype(jax.numpy.dtype(storage_dtype))
+        if not np.isfinite(tensors[name]).all():
+            raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
+    path = epath.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / f".{WEIGHTS}.tmp"
+    temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "sora_jax"}))
+    temporary.replace(path / WEIGHTS)
+    write_config(path, config)
+
+
+def _read_safetensors(path: epath.Path) -> PyTree:
+    """Returns the nested parameters of a safetensors file as float32."""
+    try:
+        tensors = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    params: dict[str, Any] = {}
+    for name, tensor in tensors:
+        if tensor["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {tensor['dtype']}; this reads {', '.join(_DTYPES)}.")
+        *parents, last = name.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        values = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        node[last] = values.astype(np.float32)
+    return params
+
+
+def _checkpoint_directory(path: epath.Path) -> epath.Path:
+    """Returns the directory of a run's newest checkpoint, or `path` where it is a checkpoint."""
+    if path.parent.name == FOLDER:
+        return path
+    folder = path / FOLDER
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if not steps:
+        raise FileNotFoundError(f"{path} holds a run without checkpoints and no {WEIGHTS}.")
+    return folder / str(max(steps))
+
+
+def _read_orbax(path: epath.Path) -> PyTree:
+    """Returns one item of a checkpoint as NumPy arrays, whatever mesh it was saved from."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} is not a whole checkpoint: it has no {path.name}.")
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path.absolute()).tree
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return handler.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))

@@ -1,0 +1,141 @@
+"""Floating-point operations: counted over a jaxpr, and the useful ones of a packed batch in closed form.
+
+A multiply-accumulate is two operations. XLA's own count takes a scanned body once, so it cannot be used here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from sora_jax.config import ExperimentConfig
+from sora_jax.training import state, step
+from sora_jax.training.optimizer import make_optimizer
+
+# Dense bfloat16 peak of a chip in FLOP/s, by `jax.Device.device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the operations of the matrix products and convolutions in `function(*args)`.
+
+    Args:
+        function: is traced, never run.
+        *args: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: a loop whose length is not known when tracing.
+    """
+    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def jaxpr_flops(jaxpr: Jaxpr) -> int:
+    """Returns the operations of a jaxpr: bodies of scans times their length, kernels times their grid."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            sizes = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_features
+        elif name == "cond":
+            total += max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = sum(jaxpr_flops(sub) for sub in _sub_jaxprs(params))
+            if name == "while" and inner:
+                raise ValueError("a while loop with matrix products has no length that tracing could know.")
+            times = {"scan": params.get("length", 1), "pallas_call": _grid_size(params)}.get(name, 1)
+            total += inner * times
+    return total
+
+
+def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """Yields the jaxprs that an equation calls; of a custom derivative, the function itself and not its rules."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _grid_size(params: dict[str, Any]) -> int:
+    """Returns how often a Pallas kernel's body runs (1 where there is no grid)."""
+    return math.prod(getattr(params.get("grid_mapping"), "grid", ()))
+
+
+def step_flops(config: ExperimentConfig) -> int:
+    """Returns the operations of one update as XLA would run it: full attention over rows, padding included.
+
+    It is traced with shapes alone, with the dense reference attention whatever kernel the config names.
+    """
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+    model, tx = state.build_model(config), make_optimizer(config.optimizer, config.num_steps)
+    shapes = jax.eval_shape(lambda: state.fresh_state(state.unboxed_params(model, config), tx))
+    accumulation = config.optimizer.accumulation_steps
+    batches = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((accumulation, *s.shape), s.dtype), state.abstract_batch(config)
+    )
+    rows = jax.ShapeDtypeStruct((accumulation, config.data.batch_size), "int32")
+    return count_flops(lambda *args: step.update(*args, model=model, tx=tx, config=config), shapes, batches, rows)
+
+
+def forward_flops(
+    config: ExperimentConfig,
+    *,
+    real_tokens: float,
+    text_tokens: float,
+    self_pairs: float,
+    cross_pairs: float,
+    clips: float,
+) -> float:
+    """Returns the useful operations of a forward pass: those that each clip would need alone, without padding.
+
+    So attention counts the sum of the squares of the segments' lengths, and a packed row does not flatter itself.
+
+    Args:
+        config: of the experiment.
+        real_tokens: patches that are not padding.
+        text_tokens: caption tokens that are not padding.
+        self_pairs: sum over segments of their length squared.
+        cross_pairs: sum over segments of their length times that of their caption.
+        clips: segments; the conditioning is computed for one noise level of each.
+    """
+    m, patch_dim = config.model, config.patch.dim
+    w = m.width
+    a_token = 2 * 2 * patch_dim * w + m.depth * (2 * 4 * w * w + 2 * 2 * w * w + 2 * 2 * w * m.mlp_dim)
+    a_text_token = 2 * (m.text_dim * w + w * w) + m.depth * 2 * 2 * w * w
+    a_clip = 2 * (m.frequency_dim * w + w * w + 6 * w * w)
+    a_pair = m.depth * 2 * 2 * w
+    return real_tokens * a_token + text_tokens * a_text_token + clips * a_clip + (self_pairs + cross_pairs) * a_pair
+
+
+def model_flops(config: ExperimentConfig, **counts: float) -> float:
+    """Returns the useful operations of training on a batch: three forward passes; see `forward_flops`."""
+    return 3 * forward_flops(config, **counts)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns a chip's bfloat16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
+    return PEAK_FLOPS.get(device.device_kind)

@@ -1,0 +1,337 @@
+"""The training loop, from the config to the finished run.
+
+`train(2N)` equals `train(N)`, an interruption at any moment, and `train(N)` again, bitwise: noise and times are
+derived from (seed, step, row), and a checkpoint holds the data iterator as it was after the last batch of its step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import rich.console
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from PIL import Image
+
+from sora_jax.array_types import PackedBatch, PyTree
+from sora_jax.config import ExperimentConfig
+from sora_jax.models.attention import AttentionFn
+from sora_jax.parallel import rules
+from sora_jax.parallel.mesh import check_batch_size, make_mesh
+from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
+from sora_jax.training import run_directory
+from sora_jax.training.checkpoint import Checkpointer, check_shapes, load_model
+from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    build_model,
+    init_state,
+    state_from_params,
+    state_shardings,
+)
+from sora_jax.training.step import EvalStep, make_eval_step, make_train_step
+from sora_jax.training.telemetry import Stopwatch, Telemetry, interval_figures
+
+
+class Batches(Protocol):
+    """An iterator over the rows of this host, (B / hosts, ...) NumPy arrays, whose place can be saved."""
+
+    def __iter__(self) -> Iterator[PackedBatch]: ...
+    def __next__(self) -> PackedBatch: ...
+    def get_state(self) -> dict[str, Any]:
+        """Returns the place after the last batch given, JSON-able, by parts that no other host has."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place, which may hold the parts of other hosts too."""
+
+    def close(self) -> None:
+        """Ends its processes."""
+
+
+OpenBatches = Callable[[str, bool], Batches]  # (split, whether it is trained on: endless, and with caption dropout)
+SampleSheet = Callable[[PyTree], np.ndarray]  # EMA params -> (H, W, 3) uint8
+
+
+class Outcome(enum.Enum):
+    """How a call of `train` ended."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    ALREADY_FINISHED = "already finished"
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the gradient was not finite."""
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the parts of the loop share."""
+
+    config: ExperimentConfig
+    workdir: epath.Path
+    checkpointer: Checkpointer
+    telemetry: Telemetry
+    batches: Batches
+    best_loss: float
+
+    def save(self, step: int, state: TrainState, held_out_loss: float | None = None) -> None:
+        """Saves a state that is known to be good, with the place in the data after its last batch."""
+        self.require_finite(state)
+        places = {part: place for host in gather_json(self.batches.get_state()) for part, place in host.items()}
+        self.checkpointer.save(step, state, places, held_out_loss)
+        self.telemetry.flush()
+
+    def require_finite(self, state: TrainState) -> None:
+        """Raises NonFiniteLossError where an update so far was bad; the last good checkpoint stays."""
+        bad = int(jax.device_get(state.bad_step))
+        if bad >= 0:
+            self.checkpointer.wait()
+            kept = self.checkpointer.latest_step
+            where = "there is no checkpoint yet" if kept is None else f"the last good checkpoint is step {kept}"
+            raise NonFiniteLossError(f"loss or gradient is not finite at step {bad}; {where} in {self.workdir}.")
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: epath.PathLike,
+    open_batches: OpenBatches,
+    *,
+    init_from: epath.PathLike | None = None,
+    sample_sheet: SampleSheet | None = None,
+    attention_for: Callable[[Mesh], AttentionFn | None] | None = None,
+    console: rich.console.Console | None = None,
+) -> Outcome:
+    """Trains a model, or goes on where an earlier call in the same directory stopped.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run (see `sora_jax.training.run_directory`).
+        open_batches: opens a split.
+        init_from: a run or an exported model whose averaged parameters a new run starts from; an old run goes on
+            from its own checkpoint.
+        sample_sheet: draws a sample sheet of the averaged parameters.
+        attention_for: makes an attention kernel for the mesh, where the config's needs one.
+        console: for progress.
+
+    Returns:
+        How it ended. After a preemption the same call continues exactly.
+
+    Raises:
+        ConfigChangedError: the directory holds a run with another config.
+        NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
+        ValueError: a config that cannot work, parameters of another model, or a split without batches.
+    """
+    workdir = epath.Path(workdir)
+    console = console or rich.console.Console(stderr=True)
+    done = run_directory.done_step(workdir)
+    run_directory.check_config(workdir, config, done)
+    if done is not None and config.num_steps <= done:
+        return Outcome.ALREADY_FINISHED
+
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, dict(mesh.shape))
+    model = build_model(config, attention_for(mesh) if attention_for else None)
+    tx = make_optimizer(config.optimizer, config.num_steps)
+    shardings = state_shardings(model, tx, config, mesh)
+    start = _initial_params(config, init_from)
+
+    with contextlib.closing(open_batches(config.data.split, True)) as batches:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpointer = Checkpointer(
+            workdir, config.keep, track_best=bool(config.eval_every and config.data.eval_splits)
+        )
+        try:
+            first_step = checkpointer.latest_step or 0
+            run_directory.check_config(workdir, config, first_step)
+            if first_step:
+                state, places = checkpointer.restore(abstract_state(model, tx, config, shardings))
+                batches.set_state(places)
+            elif start is not None:
+                state = state_from_params(start, tx, shardings)
+            else:
+                state = init_state(model, tx, config, shardings)
+            if jax.process_index() == 0:
+                run_directory.write_config(workdir, config)
+                (workdir / "DONE").unlink(missing_ok=True)
+            telemetry = Telemetry(workdir, first_step, config.num_steps, console)
+            try:
+                size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+                telemetry.say(
+                    f"{'continuing at' if first_step else 'starting at'} step {first_step} of {config.num_steps}: "
+                    f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
+                )
+                run = _Run(config, workdir, checkpointer, telemetry, batches, checkpointer.best_loss)
+                train_step = make_train_step(model, tx, config, mesh, shardings)
+                held_out = HeldOut(config, open_batches, mesh, make_eval_step(model, config, mesh, shardings.params))
+                return _steps(run, state, first_step, train_step, held_out, sample_sheet, mesh)
+            finally:
+                telemetry.close()
+        finally:
+            checkpointer.close()
+
+
+def _steps(
+    run: _Run,
+    state: TrainState,
+    first_step: int,
+    train_step: Callable[..., Any],
+    held_out: HeldOut,
+    sample_sheet: SampleSheet | None,
+    mesh: Mesh,
+) -> Outcome:
+    """Makes the updates from `first_step` to the last."""
+    config, telemetry = run.config, run.telemetry
+    accumulation = config.optimizer.accumulation_steps
+    split = rules.batch_sharding(mesh, stacked=True)
+    rows = global_rows(config, accumulation, split)
+    stopwatch, pending, saved = Stopwatch(), [], first_step
+    with PreemptionGuard() as guard:
+        for step in range(first_step + 1, config.num_steps + 1):
+            with stopwatch.waiting():
+                local = [_next_batch(run.batches, config.data.split) for _ in range(accumulation)]
+            stacked = to_global(PackedBatch(*(np.stack(leaves) for leaves in zip(*local, strict=True))), split)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, stacked, rows)
+            pending.append(metrics)
+            if len(pending) > 1:  # the host stays at most two steps ahead of the devices
+                jax.block_until_ready(pending[-2]["loss"])
+            telemetry.advance(step)
+
+            if step % config.log_every == 0 or step == config.num_steps:
+                fetched = jax.device_get(pending)
+                run.require_finite(state)
+                figures = interval_figures(
+                    fetched, stopwatch.elapsed(), stopwatch.waited, config, list(mesh.devices.flat)
+                )
+                telemetry.write(step, figures)
+                pending = []
+                stopwatch.restart()
+            stop = guard.reached(step)
+            last = step == config.num_steps
+            with stopwatch.apart():
+                loss = None
+                if config.eval_every and (step % config.eval_every == 0 or last) and not stop:
+                    losses = held_out.losses(state.ema_params)
+                    if losses:
+                        loss = float(np.mean(list(losses.values())))
+                        telemetry.write(step, {f"held_out_loss/{k}": v for k, v in losses.items()})
+                best = loss is not None and loss < run.best_loss
+                if step % config.save_every == 0 or last or stop or best:
+                    run.save(step, state, loss)
+                    saved = step
+                if best:
+                    run.best_loss = loss
+                if sample_sheet and config.sample_every and (step % config.sample_every == 0 or last) and not stop:
+                    _sample(run, step, state, sample_sheet)
+            if stop and not last:
+                run.checkpointer.wait()
+                telemetry.say(f"preempted at step {saved} of {config.num_steps}: saved; start again to continue")
+                return Outcome.PREEMPTED
+    if first_step == config.num_steps:  # killed between its last checkpoint and DONE
+        saved = first_step
+    run.checkpointer.wait()
+    if jax.process_index() == 0:
+        run_directory.mark_done(run.workdir, saved)
+    telemetry.say(f"finished at step {saved}: {run.workdir}")
+    return Outcome.FINISHED
+
+
+def _sample(run: _Run, step: int, state: TrainState, sample_sheet: SampleSheet) -> None:
+    """Draws a sample sheet, on the first process alone, and writes it to `samples/` and TensorBoard."""
+    params = to_local(state.ema_params)
+    if jax.process_index() > 0:
+        return
+    sheet = sample_sheet(params)
+    folder = run.workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{step:08d}.png").open("wb") as file:
+        Image.fromarray(sheet).save(file, format="PNG")
+    run.telemetry.image(step, "samples", sheet)
+
+
+class HeldOut:
+    """The loss of held-out splits, on the same batches, times and noise each time.
+
+    The batches are read at the first evaluation and kept in the host's memory.
+
+    Args:
+        config: of the experiment.
+        open_batches: opens a split.
+        mesh: of the run.
+        eval_step: of `make_eval_step`.
+    """
+
+    def __init__(self, config: ExperimentConfig, open_batches: OpenBatches, mesh: Mesh, eval_step: EvalStep) -> None:
+        self._config, self._open, self._eval_step = config, open_batches, eval_step
+        self._split = rules.batch_sharding(mesh)
+        self._everywhere = rules.replicated(mesh)
+        self._rows = global_rows(config, None, self._split)
+        self._batches: dict[str, list[PackedBatch]] = {}
+
+    def losses(self, params: PyTree) -> dict[str, float]:
+        """Returns each split's loss, weighted by tokens or clips over all of its batches."""
+        result = {}
+        for split in self._config.data.eval_splits:
+            if split not in self._batches:
+                self._batches[split] = self._read(split)
+            pairs = [
+                self._eval_step(
+                    params,
+                    to_global(batch, self._split),
+                    self._rows,
+                    jax.device_put(np.int32(index), self._everywhere),
+                )
+                for index, batch in enumerate(self._batches[split])
+            ]
+            totals, weights = zip(*jax.device_get(pairs), strict=True)
+            result[split] = float(np.sum(totals) / max(np.sum(weights), 1))
+        return result
+
+    def _read(self, split: str) -> list[PackedBatch]:
+        """Returns at most `eval_batches` batches, as many on every host."""
+        with contextlib.closing(self._open(split, False)) as batches:
+            found = list(itertools.islice(batches, self._config.eval_batches))
+        found = found[: min(gather_json(len(found)))]
+        if not found:
+            raise ValueError(
+                f"split {split!r} of data.eval_splits has no batch of {self._config.data.batch_size} rows."
+            )
+        return found
+
+
+def global_rows(config: ExperimentConfig, accumulation: int | None, sharding: NamedSharding) -> jax.Array:
+    """Returns the number of each row among those of an update, (A, B) int32 (or (B,) where A is None).
+
+    A host's rows are a run of each batch, wherever on the mesh its devices stand.
+    """
+    batches, hosts = accumulation or 1, jax.process_count()
+    rows = np.arange(batches * config.data.batch_size, dtype=np.int32).reshape(batches, hosts, -1)
+    local = rows[:, jax.process_index()]
+    return to_global(local if accumulation else local[0], sharding)
+
+
+def _next_batch(batches: Batches, split: str) -> PackedBatch:
+    """Returns the next batch; ValueError where the split has ended, which a training split never does."""
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(f"split {split!r} gave no more batches; is it empty?") from None
+
+
+def _initial_params(config: ExperimentConfig, init_from: epath.PathLike | None) -> PyTree | None:
+    """Returns the parameters to start from, None for fresh ones."""
+    if init_from is None:
+        return None
+    params = load_model(init_from)[1]
+    check_shapes(params, abstract_params(config), f"init_from {init_from}")
+    return params

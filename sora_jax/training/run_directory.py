@@ -1,0 +1,107 @@
+"""A run's directory: which config it belongs to, and whether it is done.
+
+WORKDIR/config.json           the ExperimentConfig
+WORKDIR/checkpoints/STEP/     params, ema_params, opt_state, data (sora_jax.training.checkpoint)
+WORKDIR/metrics.jsonl         a line of figures each `log_every` steps; tensorboard/ holds the same
+WORKDIR/samples/              sample sheets
+WORKDIR/DONE                  the step at which the run finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from sora_jax.config import ExperimentConfig, from_json, to_json
+
+# What may change when a run is continued: how long it is, what is written and when, and how the same numbers are
+# computed. A longer run stretches its cosine over the new `num_steps` from where it stands.
+CHANGEABLE = (
+    "num_steps", "log_every", "eval_every", "eval_batches", "save_every", "keep", "sample_every", "sample.",
+    "mesh.", "model.remat", "model.attention", "data.num_workers", "data.prefetch", "data.eval_splits",
+)  # fmt: skip
+
+
+class ConfigChangedError(ValueError):
+    """A run was started again with a config that is not its own."""
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dicts as one with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_config(directory: epath.PathLike) -> ExperimentConfig:
+    """Reads `config.json` of a run or of an exported model.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a config of this version, naming the file and the key.
+    """
+    path = epath.Path(directory) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} is neither a run nor an exported model: it has no config.json.")
+    try:
+        return from_json(ExperimentConfig, path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_config(directory: epath.PathLike, config: ExperimentConfig) -> None:
+    """Writes `config.json`, whole or not at all."""
+    write_atomically(epath.Path(directory) / "config.json", to_json(config))
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a text file by renaming a finished one, so that no reader finds half of it."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_step: int | None) -> None:
+    """Checks that a run may be continued with `config`.
+
+    Args:
+        directory: of the run.
+        config: asked for now.
+        latest_step: of the run's newest checkpoint, None where there is none.
+
+    Raises:
+        ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
+            is below the step already reached; names the field and both values.
+    """
+    if not (epath.Path(directory) / "config.json").exists():
+        return
+    before = flatten(dataclasses.asdict(read_config(directory)))
+    for name, value in flatten(dataclasses.asdict(config)).items():
+        may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in CHANGEABLE)
+        if value != before[name] and not may_change:
+            raise ConfigChangedError(
+                f"{directory} holds a run with {name} = {before[name]!r}, now it is {value!r}: "
+                "restore the value or choose another --workdir."
+            )
+    if latest_step is not None and config.num_steps < latest_step:
+        raise ConfigChangedError(
+            f"{directory} holds a run at step {latest_step}; num_steps must be at least that, got {config.num_steps}."
+        )
+
+
+def done_step(directory: epath.PathLike) -> int | None:
+    """Returns the step at which a run finished, None where it has not."""
+    path = epath.Path(directory) / "DONE"
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+def mark_done(directory: epath.PathLike, step: int) -> None:
+    """Says that the run has finished at `step`."""
+    write_atomically(epath.Path(directory) / "DONE", json.dumps({"step": step}) + "\n")

@@ -1,0 +1,202 @@
+"""What a run tells: a line of JSON, TensorBoard and a progress line, from the same figures.
+
+Figures are made on the device and fetched once an interval. Rates are over the interval's wall time without that
+spent on held-out losses, sample sheets and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import tensorboardX
+from etils import epath
+
+from sora_jax.config import ExperimentConfig
+from sora_jax.training.flops import model_flops, peak_flops
+
+COUNTS = ("real_tokens", "text_tokens", "self_pairs", "cross_pairs", "clips")
+
+
+class Stopwatch:
+    """Wall time of an interval, of which some is set apart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the next interval."""
+        self._start, self._apart, self.waited = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leaves what happens inside out of the interval."""
+        start = time.perf_counter()
+        yield
+        self._apart += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def elapsed(self) -> float:
+        """Returns the interval's seconds."""
+        return time.perf_counter() - self._start - self._apart
+
+
+def interval_figures(
+    metrics: Sequence[Mapping[str, np.ndarray]],
+    seconds: float,
+    waited: float,
+    config: ExperimentConfig,
+    devices: Sequence[jax.Device],
+) -> dict[str, float]:
+    """Returns the figures of an interval of steps.
+
+    Args:
+        metrics: of each step, as `sora_jax.training.step.update` returns them.
+        seconds: that the steps took together.
+        waited: of these, for data.
+        config: of the experiment.
+        devices: that took part.
+
+    Returns:
+        `loss` and `grad_norm` (means over steps), `learning_rate` (of the last), `step_seconds`,
+        `real_tokens_per_second`, `real_token_share`, `clips_per_second`, `wait_share`, `model_flops_per_second` and,
+        where the chip's peak is known, `mfu`.
+    """
+    count = len(metrics)
+    totals = {name: float(sum(m[name] for m in metrics)) for name in COUNTS}
+    slots = count * config.optimizer.accumulation_steps * config.data.batch_size * config.data.row_length
+    figures = {
+        "loss": float(np.mean([m["loss"] for m in metrics])),
+        "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
+        "learning_rate": float(metrics[-1]["learning_rate"]),
+        "step_seconds": seconds / count,
+        "real_tokens_per_second": totals["real_tokens"] / seconds,
+        "real_token_share": totals["real_tokens"] / slots,
+        "clips_per_second": totals["clips"] / seconds,
+        "wait_share": waited / seconds,
+        "model_flops_per_second": model_flops(config, **totals) / seconds,
+    }
+    if peak := peak_flops(devices[0]):
+        figures["mfu"] = figures["model_flops_per_second"] / (peak * len(devices))
+    return figures
+
+
+class Telemetry:
+    """Writes figures to `metrics.jsonl` and TensorBoard and draws the progress line; on the first process alone.
+
+    Lines after `first_step` that an interrupted run has left are dropped, since those steps are made again.
+
+    Args:
+        workdir: directory of the run.
+        first_step: that the run starts after.
+        num_steps: that it ends with.
+        console: to draw on.
+    """
+
+    def __init__(self, workdir: epath.PathLike, first_step: int, num_steps: int, console: rich.console.Console) -> None:
+        self._active = jax.process_index() == 0
+        self._console, self._num_steps = console, num_steps
+        self._lines: list[str] = []
+        if not self._active:
+            return
+        workdir = epath.Path(workdir)
+        self._path = workdir / "metrics.jsonl"
+        # Object stores cannot append: there the whole file is written again at each flush.
+        self._appends = "://" not in str(self._path)
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            self._lines = [line for line in lines if _step_of(line) <= first_step]
+        self._path.write_text("".join(line + "\n" for line in self._lines))
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._progress = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.fields[line]}",
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=num_steps, completed=first_step, line="")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the progress line."""
+        if self._active:
+            self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step."""
+        if not self._active:
+            return
+        line = json.dumps({"step": step, **figures})
+        if not self._appends:
+            self._lines.append(line)
+        else:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+        if "loss" in figures:
+            text = (
+                f"loss {figures['loss']:.4f}  grad {figures['grad_norm']:.3g}  {figures['step_seconds']:.3g} s/step  "
+                f"{figures['real_tokens_per_second']:,.0f} tokens/s ({figures['real_token_share']:.1%} real)  "
+                f"waiting {figures['wait_share']:.1%}  {figures['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
+            )
+            if "mfu" in figures:
+                text += f"  MFU {figures['mfu']:.1%}"
+            self._progress.update(self._task, completed=step, line=text)
+            if not self._console.is_terminal:
+                self._print(f"step {step}/{self._num_steps}  {text}")
+        else:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            self._print(f"step {step}/{self._num_steps}  {values}")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress line."""
+        if self._active:
+            self._print(message)
+
+    def _print(self, message: str) -> None:
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an (H, W, 3) uint8 image to TensorBoard."""
+        if self._active:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Makes sure that all is on disk."""
+        if self._active:
+            if not self._appends:
+                self._path.write_text("".join(line + "\n" for line in self._lines))
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and ends the progress line."""
+        if self._active:
+            self._progress.stop()
+            self.flush()
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Returns the step of a line of metrics; infinite where a killed process left half a line."""
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError:
+        return float("inf")
+    return record["step"]

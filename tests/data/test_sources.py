@@ -1,0 +1,194 @@
+"""Sources: random access to frames, metadata without decoding, and data sets of other makers."""
+
+import dataclasses
+import io
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from sora_jax.data.decode import decode_frames
+from sora_jax.data.layout import DEFAULT_FPS
+from sora_jax.data.sources import ClipSource, find_dataset, open_source
+
+
+def picture(level, height=6, width=8):
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def jpeg(level, **size):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(level, **size)).save(buffer, "JPEG")
+    buffer.seek(0)
+    return buffer
+
+
+def build(directory, features, splits, name="toy"):
+    """Writes a data set with TFDS alone, as another maker would, and returns its directory."""
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("2.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: iter(enumerate(examples)) for split, examples in splits.items()}
+
+        def _generate_examples(self):
+            raise AssertionError("not called")
+
+    Toy.name = name
+    builder = Toy(data_dir=directory, file_format="array_record")
+    builder.download_and_prepare()
+    return str(builder.data_dir)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Five clips of 1 to 5 frames; frame t of clip i is of the grey 40 i + 5 t."""
+    features = {
+        "frames": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")),
+        "caption": tfds.features.Text(),
+        "fps": np.float32,
+    }
+
+    def examples(count):
+        for i in range(count):
+            frames = [jpeg(40 * i + 5 * t, width=8 + i) for t in range(i + 1)]
+            yield {"frames": frames, "caption": f"clip {i}", "fps": 10 + i}
+
+    return build(tmp_path, features, {"train": examples(5), "unseen": examples(2)})
+
+
+def test_metadata_and_frames_belong_together(clips):
+    source = open_source(clips, "train")
+    meta = source.metadata
+    assert len(source) == 5 and sorted(meta.captions) == [f"clip {i}" for i in range(5)]
+    for index, caption in enumerate(meta.captions):
+        i = int(caption.split()[1])  # TFDS shuffles
+        assert (meta.num_frames[index], meta.height[index], meta.width[index]) == (i + 1, 6, 8 + i)
+        assert meta.fps[index] == 10 + i
+        order = [i, 0, i // 2]
+        frames = decode_frames(source.read_frames(index, order), 6, 8 + i)
+        np.testing.assert_allclose(frames.mean((1, 2, 3)), [40 * i + 5 * t for t in order], atol=1)
+    assert meta.num_frames.dtype == np.int32 and meta.fps.dtype == np.float32
+
+
+def test_opening_again_reads_no_record_and_reading_decodes_none(clips, monkeypatch):
+    first = open_source(clips, "train")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a picture was opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr("sora_jax.data.sources._open_records", refuse)
+    second = open_source(clips, "train")
+    assert second.metadata.captions == first.metadata.captions
+    monkeypatch.undo()
+    monkeypatch.setattr(Image, "open", refuse)
+    assert len(second.read_frames(0, [0])) == 1
+
+
+def test_a_wrong_or_missing_index_is_made_again(clips, tmp_path):
+    expected = open_source(clips, "train").metadata
+    index = tmp_path / "toy/2.0.0/index-train.json"
+    unseen = open_source(clips, "unseen")
+    assert index.exists() and len(unseen) == 2
+    index.write_text((tmp_path / "toy/2.0.0/index-unseen.json").read_text())
+    assert open_source(clips, "train").metadata.names == expected.names
+
+
+def test_an_open_source_pickles_small_and_reads_on(clips):
+    source = open_source(clips, "train")
+    unread = pickle.dumps(source)
+    expected = source.read_frames(2, [0])
+    assert pickle.dumps(source) == unread  # an open file is not carried over
+    copy = pickle.loads(unread)
+    assert copy.read_frames(2, [0]) == expected
+
+
+def test_splits_combine_as_in_tfds(clips):
+    whole = open_source(clips, "train")
+    part = open_source(clips, "train[1:3]")
+    assert part.metadata.captions == whole.metadata.captions[1:3]
+    assert part.read_frames(0, [0]) == whole.read_frames(1, [0])
+    both = open_source(clips, "train[:1]+unseen")
+    assert len(both) == 3
+    assert both.metadata.captions[1:] == open_source(clips, "unseen").metadata.captions
+    last = int(both.metadata.num_frames[2]) - 1
+    assert both.read_frames(2, [last]) == open_source(clips, "unseen").read_frames(1, [last])
+
+
+def test_indices_out_of_range_are_named(clips):
+    source = open_source(clips, "train")
+    with pytest.raises(IndexError, match=r"0 \.\.\. 4, got 5"):
+        source.read_frames(5, [0])
+    with pytest.raises(IndexError, match="got -1"):
+        source.read_frames(0, [-1])
+
+
+def test_bad_paths_and_splits_are_named(clips, tmp_path):
+    with pytest.raises(ValueError, match=r"'validation'.*train, unseen"):
+        open_source(clips, "validation")
+    with pytest.raises(ValueError, match="absent"):
+        open_source(str(tmp_path / "absent"), "train")
+    with pytest.raises(ValueError, match=r"data\.path is empty"):
+        open_source("", "train")
+
+
+def test_a_directory_above_the_only_data_set_will_do(clips, tmp_path):
+    assert str(find_dataset(str(tmp_path))) == clips
+    build(tmp_path, {"image": tfds.features.Image()}, {"train": [{"image": jpeg(0)}]}, name="other")
+    with pytest.raises(ValueError, match=r"several data sets.*other.*toy"):
+        find_dataset(str(tmp_path))
+
+
+def test_labelled_pictures_become_captioned_stills(tmp_path):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["tabby_cat", "dog"])}
+    examples = [{"image": jpeg(50 * i), "label": i % 2} for i in range(4)]
+    source = open_source(build(tmp_path, features, {"train": examples}), "train")
+    assert sorted(source.metadata.captions) == ["dog", "dog", "tabby cat", "tabby cat"]
+    assert source.metadata.num_frames.tolist() == [1] * 4
+    levels = {int(decode_frames(source.read_frames(i, [0]), 6, 8).mean()) for i in range(4)}
+    assert levels == {0, 50, 100, 150}
+
+
+def test_a_video_feature_is_read(tmp_path):
+    # Constructing Video needs TensorFlow. It is a Sequence(Image) in the records, and differs in features.json.
+    image = tfds.features.Image(shape=(6, 8, 3), encoding_format="jpeg")
+    features = {"video": tfds.features.Sequence(image), "text": tfds.features.Text()}
+    path = build(tmp_path, features, {"test": [{"video": [jpeg(9 * t) for t in range(3)], "text": "greys"}]})
+    content = json.loads((tmp_path / "toy/2.0.0/features.json").read_text())
+    shape = {"dimensions": ["-1", "6", "8", "3"]}
+    content["featuresDict"]["features"]["video"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.video_feature.Video",
+        "video": {"dtype": "uint8", "encodingFormat": "jpeg", "shape": shape},
+    }
+    (tmp_path / "toy/2.0.0/features.json").write_text(json.dumps(content))
+    source = open_source(path, "test")
+    assert source.metadata.captions == ["greys"] and source.metadata.fps.tolist() == [DEFAULT_FPS]
+    np.testing.assert_allclose(decode_frames(source.read_frames(0, [0, 2]), 6, 8).mean((1, 2, 3)), [0, 18], atol=1)
+
+
+def test_a_data_set_without_pictures_says_what_it_has(tmp_path):
+    path = build(tmp_path, {"sound": tfds.features.Text()}, {"train": [{"sound": "x"}]})
+    with pytest.raises(ValueError, match="sound: Text"):
+        ClipSource(path, "train")
+
+
+def test_metadata_selects_rows_in_order(clips):
+    meta = open_source(clips, "train").metadata
+    chosen = meta.select(np.array([3, 1]))
+    assert chosen.captions == [meta.captions[3], meta.captions[1]]
+    assert chosen.width.tolist() == [meta.width[3], meta.width[1]]
+    assert {f.name for f in dataclasses.fields(chosen)} >= {"clip_ids", "num_frames", "height", "width", "fps"}
+
+
+def test_tensorflow_is_not_imported(clips):
+    open_source(clips, "train").read_frames(0, [0])
+    assert "tensorflow" not in sys.modules

@@ -1,0 +1,172 @@
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import WordEncoder, random_params
+
+from sora_jax.config import FlowConfig
+from sora_jax.diffusion.samplers import flow_times
+from sora_jax.generation.canvas import make_requests
+from sora_jax.generation.pipeline import SoraPipeline, to_pixels
+
+PROMPTS = ["frog", "red heart", "", "a rocket in the sky"]
+SIZES = dict(num_frames=[3, 1, 4, 2], height=[8, 16, 12, 40], width=[8, 8, 16, 40], fps=[8.0, 8.0, 4.0, 12.0])
+
+
+def floats(pipeline, prompts, seed, sampler="euler", scale=3.0, num_steps=2, **sizes):
+    """The clips before they are rounded to pixels."""
+    requests = make_requests(prompts, seed, **sizes)
+    return pipeline._clips(requests, flow_times(num_steps), scale, sampler, None)
+
+
+@pytest.mark.parametrize("scale", (1.0, 3.0))
+def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline, scale):
+    packed = floats(pipeline, PROMPTS, [3, 4, 5, 6], scale=scale, **SIZES)
+    assert [clip.shape for clip in packed] == [(3, 8, 8, 3), (1, 16, 8, 3), (4, 12, 16, 3), (2, 40, 40, 3)]
+    for i, prompt in enumerate(PROMPTS):
+        alone = floats(pipeline, [prompt], 3 + i, scale=scale, **{name: values[i] for name, values in SIZES.items()})
+        np.testing.assert_allclose(alone[0], packed[i], atol=1e-4)
+    turned = floats(pipeline, PROMPTS[::-1], [6, 5, 4, 3], scale=scale, **{n: v[::-1] for n, v in SIZES.items()})
+    for first, second in zip(packed, turned[::-1], strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_a_clip_is_the_same_in_several_batches_and_on_several_devices(tiny_config, pipeline):
+    together = floats(pipeline, PROMPTS, 3, **SIZES)
+    one_by_one = SoraPipeline(tiny_config, pipeline.params, WordEncoder(), jax.devices()[:1], tokens_per_batch=1)
+    spread = SoraPipeline(tiny_config, pipeline.params, WordEncoder(), jax.devices())
+    for other in (one_by_one, spread):
+        for first, second in zip(together, floats(other, PROMPTS, 3, **SIZES), strict=True):
+            np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_what_a_clip_depends_on(pipeline):
+    def make(prompt="frog", fps=8.0, seed=0, scale=3.0, sampler="euler"):
+        sizes = dict(num_frames=4, height=8, width=8, fps=fps)
+        return floats(pipeline, [prompt], seed, scale=scale, sampler=sampler, **sizes)[0]
+
+    frog = make()
+    np.testing.assert_array_equal(frog, make())
+    for other in (make("rocket"), make(fps=12.0), make(seed=1), make(scale=1.0), make(sampler="heun")):
+        assert np.abs(frog - other).max() > 1e-3
+    # Without a caption there is nothing to guide towards.
+    np.testing.assert_allclose(make("", scale=3.0), make("", scale=1.0), atol=1e-5)
+    np.testing.assert_array_equal(make(" "), make(""))
+
+
+def test_guidance_moves_from_the_null_to_the_captions_velocity(pipeline):
+    """With one Euler step the result is linear in the guidance scale: noise - v_null - scale (v_text - v_null)."""
+    sizes = dict(num_frames=2, height=8, width=8, fps=8.0, num_steps=1)
+    one, two, four = (floats(pipeline, ["frog"], 0, scale=scale, **sizes)[0] for scale in (1.0, 2.0, 4.0))
+    null = floats(pipeline, [""], 0, scale=1.0, **sizes)[0]
+    np.testing.assert_allclose(two, null + 2 * (one - null), atol=1e-4)
+    np.testing.assert_allclose(four, null + 4 * (one - null), atol=1e-4)
+    assert np.abs(one - null).max() > 1e-3
+
+
+class Peak:
+    """A network that knows its clips: it puts out x0 = `value` times the mean of the caption's first token."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def apply(self, variables, patches, positions, segment_ids, levels, level_ids, text, text_segment_ids):
+        self.levels = jax.numpy.take_along_axis(levels, level_ids, axis=1)
+        return jax.numpy.full_like(patches, self.value)
+
+
+@pytest.mark.parametrize("sampler", ("euler", "heun"))
+def test_a_perfect_denoiser_is_followed_to_its_clip(with_config, sampler):
+    """x0 prediction of a constant: the last step from t to 0 lands on it whatever the noise was."""
+    pipeline = with_config(flow=FlowConfig(prediction="x0", min_time=0.01))
+    pipeline._model = Peak(0.5)
+    clip = pipeline(["frog"], num_frames=3, height=8, width=8, num_steps=7, guidance_scale=2.0, sampler=sampler)[0]
+    assert clip.shape == (3, 8, 8, 3) and clip.dtype == np.uint8
+    assert np.unique(clip).tolist() == [191]  # (0.5 + 1) * 127.5, rounded
+
+
+def test_known_patches_stay_as_they_are(pipeline, monkeypatch):
+    from sora_jax.generation import pipeline as module
+
+    blank = module.blank_segment
+
+    def half_known(request, *rest):
+        segment = blank(request, *rest)
+        known = np.arange(len(segment.patches)) % 2 == 0
+        return segment._replace(known=known, patches=np.where(known[:, None], 0.25, segment.patches))
+
+    monkeypatch.setattr(module, "blank_segment", half_known)
+    clip = floats(pipeline, ["frog"], 0, num_frames=2, height=4, width=16, fps=8.0)[0]
+    np.testing.assert_array_equal(clip[:, :, 0:4], 0.25)
+    np.testing.assert_array_equal(clip[:, :, 8:12], 0.25)
+    assert (clip[:, :, 4:8] != 0.25).all()
+
+
+def test_equal_shapes_are_traced_once_whatever_else_changes(tiny_config):
+    pipeline = SoraPipeline(tiny_config, random_params(tiny_config), WordEncoder())
+    sizes = dict(num_frames=2, height=8, width=8)
+    first = pipeline(["frog", "rocket"], **sizes, num_steps=6)
+    for call in (
+        dict(prompts=["tiger face", "sun"], seed=5),
+        dict(prompts=["frog", ""], guidance_scale=4.5, fps=6.0),
+        dict(prompts=["frog", "rocket"], num_steps=9),  # both are chunks of three
+    ):
+        pipeline(**{"num_steps": 6, **sizes, **call})
+    assert pipeline._sample._cache_size() == 1
+    pipeline.params = random_params(tiny_config, seed=1)
+    second = pipeline(["frog", "rocket"], **sizes, num_steps=6)
+    assert pipeline._sample._cache_size() == 1
+    assert (first[0] != second[0]).any()
+
+
+def test_progress_counts_every_step_of_every_batch(tiny_config):
+    pipeline = SoraPipeline(tiny_config, random_params(tiny_config), WordEncoder(), jax.devices()[:1], 1)
+    calls = []
+    sizes = dict(num_frames=2, height=48, width=48)  # one clip a row, and one row a batch
+    pipeline(["frog"] * 2, **sizes, num_steps=10, progress=lambda *call: calls.append(call))
+    assert calls == [(0, 20), (5, 20), (10, 20), (10, 20), (15, 20), (20, 20)]
+
+
+def test_left_out_arguments_are_the_models_own(pipeline, tiny_config):
+    sample = tiny_config.sample
+    (clip,) = pipeline(["frog"])
+    assert clip.shape == (sample.num_frames, sample.height, sample.width, 3)
+    given = dict(fps=sample.fps, num_steps=sample.num_steps, guidance_scale=sample.guidance_scale, seed=0)
+    np.testing.assert_array_equal(clip, pipeline(["frog"], **given)[0])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+        (dict(sampler="ddim"), "sampler must be one of euler, heun, got 'ddim'"),
+        (dict(guidance_scale=float("inf")), "guidance_scale must be finite"),
+        (dict(width=10), "width must be a multiple of the patch's 4, got 10; 8 or 12 would work"),
+        (dict(num_frames=0), "num_frames"),
+        (dict(fps=-1.0), "fps must be positive"),
+        (dict(seed=[1, 2]), "seed has 2 values for 1 prompts"),
+        (dict(prompts="frog"), "prompts must be a list"),
+    ],
+)
+def test_bad_arguments_are_named(pipeline, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"prompts": ["frog"], **changes})
+
+
+def test_an_encoder_of_another_width_is_an_error(tiny_config):
+    with pytest.raises(ValueError, match="width 16; the model's text_dim is 8"):
+        SoraPipeline(tiny_config, {}, types.SimpleNamespace(dim=16))
+
+
+def test_the_kernel_that_trained_the_model_need_not_exist_here(tiny_config, pipeline):
+    splash = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, attention="splash"))
+    sizes = dict(num_frames=1, height=8, width=8, fps=8.0)
+    clip = floats(SoraPipeline(splash, pipeline.params, WordEncoder(), jax.devices()[:1]), ["frog"], 0, **sizes)[0]
+    np.testing.assert_array_equal(clip, floats(pipeline, ["frog"], 0, **sizes)[0])
+
+
+def test_pixels():
+    clip = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
+    assert to_pixels(clip).tolist() == [0, 0, 128, 191, 255, 255]

@@ -1,0 +1,137 @@
+"""The released text encoder: its states, its tokenizer and its errors."""
+
+import shutil
+import warnings
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.models.text.minilm import MiniLM, MiniLMConfig, load_text_encoder
+
+ASSETS = Path(str(resources.files("sora_jax"))) / "assets" / "minilm"
+# States of transformers' BertModel with the original float32 weights, stored in float16.
+REFERENCE = np.load(Path(__file__).parents[1] / "fixtures" / "minilm_states.npz")
+CAPTIONS = [str(caption) for caption in REFERENCE["captions"]]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_text_encoder()
+
+
+def cosine(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def sentence(states):
+    return states.mean(axis=0)  # all-MiniLM-L6-v2 pools its sentence embedding by the mean
+
+
+def test_states_are_those_of_the_float_weights(encoder):
+    states = encoder.encode(CAPTIONS, max_tokens=32)
+    cosines = []
+    for i, state in enumerate(states):
+        assert state.shape == REFERENCE[f"states_{i}"].shape and state.dtype == np.float32
+        cosines.append(cosine(state, REFERENCE[f"states_{i}"]))
+        relative = np.linalg.norm(state, axis=-1) / np.linalg.norm(REFERENCE[f"states_{i}"].astype(np.float32), axis=-1)
+        np.testing.assert_allclose(relative, 1, atol=0.02)
+    cosines = np.concatenate(cosines)
+    assert cosines.mean() >= 0.999 and cosines.min() >= 0.997
+
+
+def test_tokens_are_those_of_the_original(encoder):
+    for i, caption in enumerate(CAPTIONS):
+        assert encoder.count_tokens(caption) == len(REFERENCE[f"ids_{i}"])
+        assert encoder._token_ids(caption, 32) == REFERENCE[f"ids_{i}"].tolist()
+
+
+def test_a_caption_does_not_depend_on_its_batch(encoder):
+    alone = encoder.encode(["two red hearts"], max_tokens=64)[0]
+    others = ["a long caption of many words " * 6, "", "frog", "toad", "rocket"]  # padded to 64 tokens, 64 rows
+    batched = encoder.encode([*others, "two red hearts"], max_tokens=64)
+    np.testing.assert_allclose(batched[-1], alone, atol=1e-5)
+    assert len(batched[0]) > 32 and len(batched[1]) == 2
+
+
+def test_many_captions_keep_their_order(encoder):
+    captions = [f"number {i} " * (1 + i % 3) for i in range(70)]  # two batches, sorted by length inside
+    states = encoder.encode(captions, max_tokens=32)
+    for i in (0, 1, 35, 69):
+        np.testing.assert_allclose(states[i], encoder.encode([captions[i]], 32)[0], atol=1e-5)
+    assert encoder.encode([], 32) == []
+
+
+def test_meaning(encoder):
+    frog, toad, airplane = map(sentence, encoder.encode(["frog", "toad", "airplane"], max_tokens=8))
+    assert cosine(frog, toad) > cosine(frog, airplane) + 0.05
+
+
+def test_empty_caption_is_cls_and_sep(encoder):
+    assert encoder.count_tokens("") == 2
+    assert encoder.encode([""], max_tokens=2)[0].shape == (2, 384)
+
+
+def test_long_caption_is_cut_with_a_warning(encoder):
+    with pytest.warns(UserWarning, match=r"'red frog jumps high' has 6 tokens; .* max_tokens = 4"):
+        cut = encoder.encode(["red frog jumps high"], max_tokens=4)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = encoder.encode(["red frog"], max_tokens=4)[0]  # [CLS] red frog [SEP]: [SEP] is kept by the cut
+    np.testing.assert_allclose(cut, short, atol=1e-5)
+
+
+def test_bad_arguments(encoder):
+    with pytest.raises(TypeError, match="list of strings, got the string 'frog'"):
+        encoder.encode("frog", max_tokens=8)
+    with pytest.raises(ValueError, match="max_tokens must be between 2 and 512, got 1"):
+        encoder.encode(["frog"], max_tokens=1)
+
+
+def test_fingerprint_follows_the_files(encoder, tmp_path):
+    shutil.copytree(ASSETS, tmp_path / "same")
+    assert load_text_encoder(tmp_path / "same").fingerprint == encoder.fingerprint
+    weights = bytearray((tmp_path / "same" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "same" / "model.safetensors").write_bytes(weights)
+    assert load_text_encoder(tmp_path / "same").fingerprint != encoder.fingerprint
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        load_text_encoder(tmp_path)
+    shutil.copytree(ASSETS, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="broken"):
+        load_text_encoder(tmp_path / "broken")
+
+
+def test_weights_of_another_size(tmp_path):
+    shutil.copytree(ASSETS, tmp_path / "other")
+    config = (tmp_path / "other" / "config.json").read_text()
+    (tmp_path / "other" / "config.json").write_text(config.replace('"depth": 6', '"depth": 5'))
+    with pytest.raises(ValueError, match=r"must be \(5,"):
+        load_text_encoder(tmp_path / "other")
+
+
+def test_assets_fit_their_budget_and_carry_the_licence():
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) <= 20_000_000
+    assert "Apache License" in (ASSETS / "LICENSE").read_text()
+    assert "all-MiniLM-L6-v2" in (ASSETS / "NOTICE").read_text()
+
+
+def test_padding_is_zero_and_unseen():
+    config = MiniLMConfig(vocab_size=11, max_positions=8, width=16, depth=2, num_heads=2, mlp_dim=24)
+    model, ids = MiniLM(config), jnp.array([[1, 5, 2, 0, 0], [0, 0, 0, 0, 0]])
+    mask = jnp.array([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+    variables = model.init(jax.random.key(0), ids, mask)
+    states = model.apply(variables, ids, mask)
+    poisoned = model.apply(variables, ids.at[0, 3:].set(7), mask)
+    np.testing.assert_array_equal(states, poisoned)
+    assert not states[0, 3:].any() and not states[1].any() and jnp.isfinite(states).all()
+    with pytest.raises(ValueError, match="at most 8 columns, got 9"):
+        model.apply(variables, jnp.zeros((1, 9), jnp.int32), jnp.ones((1, 9), bool))

@@ -1,0 +1,167 @@
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from sora_jax.config import to_json
+from sora_jax.training import state as states
+from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, flat_names, load_model
+from sora_jax.training.optimizer import make_optimizer
+
+CONFIG = tiny_run.CONFIG
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Returns a state in which no two numbers are alike."""
+    shapes = jax.eval_shape(
+        lambda: states.fresh_state(
+            states.unboxed_params(states.build_model(CONFIG), CONFIG), make_optimizer(CONFIG.optimizer, 5)
+        )
+    )
+    rng = np.random.default_rng(0)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = jax.tree.map(
+        lambda s: jax.device_put(rng.standard_normal(s.shape).astype(s.dtype) + rng.integers(9), device), shapes
+    )
+    return state.replace(bad_step=np.int32(-1))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), state)
+
+
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def write_run(directory, state, losses, keep=2):
+    """Saves a checkpoint for each step of `losses`."""
+    directory.mkdir()
+    (directory / "config.json").write_text(to_json(CONFIG))
+    checkpointer = Checkpointer(directory, keep)
+    for step, loss in losses.items():
+        checkpointer.save(step, state, {"index": step}, loss)
+        checkpointer.wait()
+    checkpointer.close()
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_restores_bitwise_and_only_whole_checkpoints(tmp_path, state):
+    write_run(tmp_path / "run", state, {3: None, 5: None})
+    left_over = tmp_path / "run" / FOLDER / "7.orbax-checkpoint-tmp"  # as `kill -9` leaves it
+    (left_over / "params.orbax-checkpoint-tmp").mkdir(parents=True)
+    (left_over / "params.orbax-checkpoint-tmp" / "manifest.ocdbt").write_bytes(b"half")
+    checkpointer = Checkpointer(tmp_path / "run", keep=2)
+    assert checkpointer.latest_step == 5
+    restored, data = checkpointer.restore(abstract(state))
+    assert data == {"index": 5}
+    assert int(restored.step) == 5
+    for name in ("params", "ema_params", "opt_state"):
+        equal(getattr(restored, name), getattr(state, name))
+    checkpointer.save(7, state, {"index": 7})  # the name of the left-over is free again
+    checkpointer.wait()
+    assert checkpointer.latest_step == 7
+    assert not left_over.exists()
+    checkpointer.close()
+
+
+def test_keeps_the_last_and_the_best(tmp_path, state):
+    write_run(tmp_path / "run", state, {1: 0.5, 2: 0.2, 3: 0.9, 4: None, 5: 0.7}, keep=2)
+    assert sorted(p.name for p in (tmp_path / "run" / FOLDER).iterdir()) == ["2", "4", "5"]
+    checkpointer = Checkpointer(tmp_path / "run", keep=2)
+    assert checkpointer.best_loss == pytest.approx(0.2)
+    checkpointer.close()
+
+
+def test_state_may_be_overwritten_once_save_returns(tmp_path, state):
+    copy = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
+    expected = jax.device_get(jax.tree.map(lambda x: np.array(x, copy=True), copy))
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    (tmp_path / "run").mkdir()
+    checkpointer = Checkpointer(tmp_path / "run", keep=1)
+    checkpointer.save(1, copy, {})
+    overwrite(copy)
+    checkpointer.wait()
+    restored, _ = checkpointer.restore(abstract(state))
+    equal(restored.params, expected.params)
+    equal(restored.opt_state, expected.opt_state)
+    checkpointer.close()
+
+
+def test_another_model_is_named(tmp_path, state):
+    write_run(tmp_path / "run", state, {1: None})
+    checkpointer = Checkpointer(tmp_path / "run", keep=1)
+    wider = abstract(state)
+    wider.params["head"]["bias"] = jax.ShapeDtypeStruct((7,), np.float32, sharding=DEVICE)
+    with pytest.raises(ValueError, match=r"head.bias has shape \(4,\), the config asks \(7,\)"):
+        checkpointer.restore(wider)
+    checkpointer.close()
+
+
+def test_load_model_reads_runs_steps_and_exports(tmp_path, state):
+    run = tmp_path / "run"
+    write_run(run, state, {1: None, 2: None})
+    for path in (run, run / FOLDER / "1", str(run)):
+        config, params = load_model(path)
+        assert config == CONFIG
+        equal(params, state.ema_params)
+    equal(load_model(run, averaged=False)[1], state.params)
+    export_model(tmp_path / "exported", *load_model(run))
+    config, params = load_model(tmp_path / "exported")
+    assert config == CONFIG
+    equal(params, state.ema_params)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_export_in_half_the_size(tmp_path, state, dtype, precision):
+    for name in (dtype, "float32"):
+        export_model(tmp_path / name, CONFIG, state.params, name)
+    full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("float32", dtype))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert abs(full - half - 2 * count) < 200  # two bytes a number; the header names the dtypes
+    params = load_model(tmp_path / dtype)[1]
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=precision, atol=1e-6), params, state.params)
+
+
+def test_bad_models_are_named(tmp_path, state):
+    with pytest.raises(FileNotFoundError, match="no run, checkpoint or exported model at"):
+        load_model(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text(to_json(CONFIG))
+    with pytest.raises(FileNotFoundError, match="without checkpoints"):
+        load_model(tmp_path / "empty")
+
+    params = {**state.params}
+    params.pop("head")
+    with pytest.raises(ValueError, match=r"lacks parameter head\.bias"):
+        export_model(tmp_path / "part", CONFIG, params)
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(ValueError, match=r"storage_dtype must be one of .* got 'int4'"):
+        export_model(tmp_path / "part", CONFIG, state.params, "int4")
+    huge = jax.tree.map(lambda x: x * 1e6, state.params)
+    with pytest.raises(ValueError, match="cannot be stored as float16"):
+        export_model(tmp_path / "part", CONFIG, huge, "float16")
+
+    export_model(tmp_path / "exported", CONFIG, state.params)
+    text = json.loads((tmp_path / "exported" / "config.json").read_text())
+    text["model"]["mlp_dim"] = 33
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"is of another model: blocks\.mlp\.mlp\.fc1\.bias has shape"):
+        load_model(tmp_path / "exported")
+    weights: pathlib.Path = tmp_path / "exported" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path / "exported")
+
+
+def test_flat_names():
+    assert flat_names({"b": {"x": 1}, "a": 2}) == {"a": 2, "b.x": 1}

@@ -1,0 +1,79 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from sora_jax.models.sora import SORA_SIZES
+from sora_jax.training import state as states
+from sora_jax.training.flops import count_flops, forward_flops, step_flops
+
+
+def test_matrix_product_scan_and_convolution():
+    a, b = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+    assert count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    assert count_flops(jax.jit(jnp.matmul), a, b) == 2 * 3 * 4 * 5
+
+    square = jnp.zeros((4, 4))
+    scanned = lambda x: jax.lax.scan(lambda c, _: (c @ square, None), x, length=7)[0]  # noqa: E731
+    assert count_flops(scanned, a) == 7 * 2 * 3 * 4 * 4
+
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 16))
+    convolve = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert count_flops(convolve, image, kernel) == 2 * (2 * 8 * 8 * 16) * (3 * 3 * 3)
+
+
+def test_loop_of_unknown_length_is_refused():
+    loop = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)  # noqa: E731
+    with pytest.raises(ValueError, match="while loop"):
+        count_flops(loop, jnp.zeros((2, 2)))
+
+
+def test_useful_flops_equal_the_jaxpr_of_one_clip_alone():
+    """A row that one clip fills: nothing is padding, so the closed form must be what the model does."""
+    config = tiny_run.config(data={"row_length": 12, "text_length": 5, "max_caption_tokens": 2})
+    model = states.build_model(config)
+    batch = states.abstract_batch(config, num_rows=1)
+    levels = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    apply = lambda params, *args: model.apply({"params": params}, *args)  # noqa: E731
+    counted = count_flops(
+        apply,
+        states.abstract_params(config),
+        batch.patches,
+        batch.positions,
+        batch.segment_ids,
+        levels,
+        batch.level_ids,
+        batch.text,
+        batch.text_segment_ids,
+    )
+    useful = forward_flops(config, real_tokens=12, text_tokens=5, self_pairs=144, cross_pairs=60, clips=1)
+    expansion = 2 * 12 * config.model.width * (6 * config.model.depth + 2)  # levels to tokens, a one-hot product
+    assert counted == useful + expansion
+
+
+def test_step_counts_backward_and_accumulation():
+    one = step_flops(tiny_run.CONFIG)
+    two = step_flops(tiny_run.config(optimizer={"accumulation_steps": 2}))
+    assert two == 2 * one
+    rows, length, text = 8, 12, 8
+    dense = forward_flops(
+        tiny_run.CONFIG,
+        real_tokens=rows * length,
+        text_tokens=rows * text,
+        self_pairs=rows * length**2,
+        cross_pairs=rows * length * text,
+        clips=rows * 6,  # the conditioning of every column of the table of levels
+    )
+    assert 2.5 * dense < one < 3.5 * dense
+
+
+def test_a_14b_step_is_counted_without_allocating_it():
+    config = dataclasses.replace(tiny_run.CONFIG, model=SORA_SIZES["wan_14b"])
+    shapes = states.abstract_params(config)
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) > 14e9
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
