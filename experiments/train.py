@@ -225,14 +225,14 @@ class SampleSheet:
     def __call__(self, params: PyTree) -> np.ndarray:
         """Returns (H, W, 3) uint8: a row a prompt, its frames from left to right."""
         from sora_jax.generation.pipeline import SoraPipeline
-        from sora_jax.generation.video_io import SheetRow, contact_sheet
+        from sora_jax.generation.video_io import contact_sheet
         from sora_jax.models.text.minilm import load_text_encoder
 
         if self._pipeline is None:
             self._pipeline = SoraPipeline(self._config, params, load_text_encoder())
         self._pipeline.params = params
         prompts = self._config.sample.prompts
-        return contact_sheet([SheetRow(*row) for row in zip(prompts, self._pipeline(prompts), strict=True)])
+        return contact_sheet(self._pipeline(prompts), prompts)
 
 
 def attention_for(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:

@@ -25,10 +25,10 @@ def config() -> ExperimentConfig:
         patch=PatchConfig(size=(2, 8, 8)),
         data=DataConfig(
             max_clips=64,
-            clip_seed=12948,
+            clip_seed=9343,
             num_frames=(1, 16),
             fps=(6.0, 10.0),
-            long_side=(32, 48),
+            long_side=(32, 56),
             row_length=1024,
             text_length=256,
             max_segments=32,
@@ -39,7 +39,7 @@ def config() -> ExperimentConfig:
         flow=FlowConfig(prediction="x0", time_mean=0.4),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=100, ema_decay=0.995),
         sample=SampleConfig(
-            prompts=("frog", "octopus", "duck", "tractor"),
+            prompts=("frog", "ghost", "octopus", "bus"),
             num_frames=8,
             height=48,
             width=48,
@@ -47,8 +47,8 @@ def config() -> ExperimentConfig:
             num_steps=20,
             guidance_scale=2.0,
         ),
-        num_steps=3000,
-        eval_every=500,
+        num_steps=3800,
+        eval_every=1000,
         save_every=250,
-        sample_every=500,
+        sample_every=1000,
     )

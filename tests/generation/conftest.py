@@ -8,14 +8,18 @@ from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, PatchConf
 from sora_jax.generation.pipeline import SoraPipeline
 
 
-@pytest.fixture(scope="session")
-def tiny_config():
+def make_config():
     return ExperimentConfig(
         model=ModelConfig(width=32, depth=1, num_heads=2, mlp_dim=64, text_dim=TEXT_DIM, frequency_dim=16),
         patch=PatchConfig(size=(2, 4, 4)),
         data=DataConfig(max_caption_tokens=8, text_length=32),
         sample=SampleConfig(num_frames=2, height=8, width=8, fps=8.0, num_steps=2),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return make_config()
 
 
 @pytest.fixture(scope="session")

@@ -91,8 +91,9 @@ def prepare(
         options: whatever else decides what is written; kept in the report.
 
     Returns:
-        The report: `path`, `splits` (clips, stills, frames and bytes of each), `sizes`, `aspects`, `fps`,
-        `num_skipped`, `skipped`.
+        The report: `name`, `path`, `fingerprint`, `request` (the arguments), `splits` (clips, stills, frames and
+        captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, and
+        `num_skipped`, `skip_reasons` and `skipped` (each file and why).
 
     Raises:
         ValueError: no file could be read, or `output` holds another data set of this name.

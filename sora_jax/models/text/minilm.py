@@ -130,7 +130,7 @@ class MiniLM(nn.Module):
         x = layer_norm(name="embedding_norm", eps=config.norm_eps, affine=True)(x)
         layers = nn.scan(
             EncoderLayer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.depth,

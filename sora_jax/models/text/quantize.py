@@ -87,7 +87,8 @@ def quantize(weights: NumpyArray, bits: int, group: int) -> tuple[NumpyArray, Nu
     _check_bits(bits)
     if group % 8 or weights.shape[-1] % group:
         raise ValueError(f"group must be a multiple of 8 that divides {weights.shape[-1]}, got {group}.")
-    groups = weights.reshape(*weights.shape[:-1], -1, group).astype(np.float32)
+    # C order, which files assume, whatever view `weights` is.
+    groups = np.ascontiguousarray(weights, np.float32).reshape(*weights.shape[:-1], -1, group)
     top = 2 ** (bits - 1) - 1
     scale = (np.abs(groups).max(-1) / top).astype(np.float16)
     safe = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
@@ -127,7 +128,7 @@ def quantize_tensors(
             bits, group = formats[name]
             stored[f"{name}.codes{bits}"], stored[f"{name}.scale"] = quantize(value, bits, group)
         else:
-            stored[name] = np.asarray(value, np.float32)
+            stored[name] = np.ascontiguousarray(value, np.float32)
     return stored
 
 

@@ -1,0 +1,114 @@
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import random_params
+
+from sora_jax.training.checkpoint import export_model
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "generate.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load_script()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, tmp_path_factory):
+    """A model of random parameters for MiniLM's captions, as `convert_checkpoint.py export` writes it."""
+    model = dataclasses.replace(tiny_config.model, text_dim=384)
+    config = dataclasses.replace(tiny_config, model=model)
+    path = tmp_path_factory.mktemp("model")
+    export_model(path, config, random_params(config))
+    return str(path)
+
+
+def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out"
+    generate.main(
+        generate.GenerateOptions(
+            prompt=("Frog, jumping!", ""),
+            num_frames=(3, 1),
+            height=(8, 12),
+            width=(16,),
+            seed=4,
+            output=str(output),
+            checkpoint=checkpoint,
+            scale=2,
+            json=tmp_path / "report.json",
+        )
+    )
+    printed = capsys.readouterr().out
+    assert "prompt 2 is empty: its clip is unconditional." in printed
+    names = ["000-frog-jumping.mp4", "001-unconditional.png", "sheet.png"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert all(str(output / name) in printed for name in names)
+    with av.open(str(output / names[0])) as container:
+        assert [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)] == [(16, 32, 3)] * 3
+    assert np.asarray(Image.open(output / names[1])).shape == (24, 32, 3)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(c["num_frames"], c["height"], c["width"], c["fps"], c["seed"]) for c in report["clips"]] == [
+        (3, 8, 16, 8.0, 4),
+        (1, 12, 16, 8.0, 5),
+    ]
+    assert report["num_steps"] == 2 and report["seconds"]["total"] > 0
+
+
+def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red heart\n\n  rocket \n", encoding="utf-8")
+    options = generate.GenerateOptions(prompt=("frog",), prompts_file=path)
+    assert generate.read_prompts(options) == ["frog", "red heart", "rocket"]
+
+
+def test_a_prompt_beyond_the_text_budget_is_cut_with_a_warning(checkpoint, tmp_path):
+    options = generate.GenerateOptions(prompt=("frog " * 20,), output=str(tmp_path), checkpoint=checkpoint)
+    with pytest.warns(UserWarning, match="cut to max_tokens = 8"):
+        generate.main(options)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(height=(10,)), "height must be a multiple of the patch's 4, got 10; 8 or 12 would work"),
+        (dict(num_frames=(1, 2)), "--num-frames has 2 values for 1 prompts"),
+        (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+        (dict(scale=0), "--scale must be a whole number of at least 1, got 0"),
+        (dict(fps=(0.0,)), "fps must be positive, got 0"),
+    ],
+)
+def test_bad_options_are_named_and_write_nothing(checkpoint, tmp_path, changes, message):
+    output = tmp_path / "out"
+    options = generate.GenerateOptions(prompt=("frog",), output=str(output), checkpoint=checkpoint, **changes)
+    with pytest.raises(ValueError, match=message):
+        generate.main(options)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ([], 2, "no prompt: give --prompt TEXT"),
+        (["--prompts-file", "missing.txt"], 2, "--prompts-file missing.txt cannot be read"),
+        (["--prompt", "frog", "--smapler", "heun"], 2, "smapler"),
+        (["--prompt", "frog", "--checkpoint", "missing"], 1, "no run, checkpoint or exported model at missing"),
+    ],
+)
+def test_exit_codes(tmp_path, arguments, code, message):
+    process = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == code and message in process.stderr and "Traceback" not in process.stderr
+    assert not list(tmp_path.iterdir())

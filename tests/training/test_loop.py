@@ -1,0 +1,200 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+from sora_jax.training import state as states
+from sora_jax.training.checkpoint import FOLDER, Checkpointer, load_model
+from sora_jax.training.loop import NonFiniteLossError, Outcome, train
+from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.run_directory import ConfigChangedError
+
+
+class Hooked(tiny_run.RandomBatches):
+    """Calls `hook(number, batch)` before it gives a batch."""
+
+    def __init__(self, experiment, hook):
+        super().__init__(experiment)
+        self.hook = hook
+
+    def __next__(self):
+        batch = super().__next__()
+        self.hook(self.index, batch)
+        return batch
+
+
+def hooked(config, hook):
+    return lambda split, training: Hooked(config, hook)
+
+
+def whole_state(workdir, config):
+    """Returns all that the newest checkpoint holds."""
+    tx = make_optimizer(config.optimizer, config.num_steps)
+    shapes = jax.eval_shape(lambda: states.fresh_state(states.unboxed_params(states.build_model(config), config), tx))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    checkpointer = Checkpointer(workdir, keep=1)
+    state, data = checkpointer.restore(shapes)
+    checkpointer.close()
+    return state, data
+
+
+def assert_same_runs(a, b, config):
+    (state_a, data_a), (state_b, data_b) = whole_state(a, config), whole_state(b, config)
+    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+    assert data_a == data_b
+
+
+def lines(workdir, key):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Six steps without interruption, with two batches accumulated into each update."""
+    config = tiny_run.config(optimizer={"accumulation_steps": 2}, save_every=2, keep=3, log_every=1)
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    assert train(config, workdir, tiny_run.opener(config)) is Outcome.FINISHED
+    return config, workdir
+
+
+def test_sigterm_saves_and_the_run_continues_bitwise(straight, tmp_path, capsys):
+    config, reference = straight
+    numbers = []
+
+    def hook(number, batch):
+        numbers.append(number)
+        if number == 5:  # the first batch of update 3
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(config, tmp_path / "run", hooked(config, hook)) is Outcome.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "run" / "DONE").exists()
+    assert "preempted at step 3 of 6" in capsys.readouterr().err
+    assert numbers == [1, 2, 3, 4, 5, 6]
+
+    numbers.clear()
+    assert train(config, tmp_path / "run", hooked(config, lambda n, _: numbers.append(n))) is Outcome.FINISHED
+    assert numbers == [7, 8, 9, 10, 11, 12]
+    assert_same_runs(tmp_path / "run", reference, config)
+    assert lines(tmp_path / "run", "loss") == lines(reference, "loss")
+
+
+def test_continues_bitwise_from_the_last_whole_checkpoint(straight, tmp_path):
+    """What `kill -9` leaves: a checkpoint half written under a temporary name, and lines of steps not saved."""
+    config, reference = straight
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    (workdir / "DONE").unlink()
+    shutil.move(workdir / FOLDER / "6", workdir / FOLDER / "6.orbax-checkpoint-tmp")
+    shutil.rmtree(workdir / FOLDER / "6.orbax-checkpoint-tmp" / "opt_state")
+    shutil.rmtree(workdir / FOLDER / "4")
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')
+    numbers = []
+    assert train(config, workdir, hooked(config, lambda n, _: numbers.append(n))) is Outcome.FINISHED
+    assert numbers[0] == 5  # after the two batches of two updates
+    assert_same_runs(workdir, reference, config)
+    assert lines(workdir, "loss") == lines(reference, "loss")
+    assert sorted(p.name for p in (workdir / FOLDER).iterdir()) == ["2", "4", "6"]
+
+
+def test_a_finished_run_says_so_and_may_grow(straight, tmp_path):
+    config, reference = straight
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+
+    def untouched(split, training):
+        raise AssertionError("a finished run reads no data")
+
+    assert train(config, workdir, untouched) is Outcome.ALREADY_FINISHED
+    longer = dataclasses.replace(config, num_steps=7)
+    assert train(longer, workdir, tiny_run.opener(longer)) is Outcome.FINISHED
+    assert json.loads((workdir / "DONE").read_text()) == {"step": 7}
+    assert sorted(lines(workdir, "loss")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"width": 32}}, r"model.width = 16, now it is 32"),
+        ({"data": {"caption_dropout": 0.5}}, r"data.caption_dropout = 0.1, now it is 0.5"),
+        ({"seed": 3}, r"seed = 0, now it is 3"),
+        ({"num_steps": 5}, r"num_steps must be at least that, got 5"),
+    ],
+)
+def test_another_config_in_the_same_directory_is_named(straight, changes, message):
+    config, workdir = straight
+    changed = tiny_run.config(**{"optimizer": {"accumulation_steps": 2}, **changes})
+    with pytest.raises(ConfigChangedError, match=message):
+        train(changed, workdir, tiny_run.opener(changed))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny_run.config(save_every=2, log_every=2)
+
+    def poison(number, batch):
+        if number == 3:
+            batch.patches[0, 0, 0] = np.nan
+
+    with pytest.raises(NonFiniteLossError, match="at step 3; the last good checkpoint is step 2"):
+        train(config, tmp_path / "run", hooked(config, poison))
+    assert sorted(p.name for p in (tmp_path / "run" / FOLDER).iterdir()) == ["2"]
+    assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(load_model(tmp_path / "run")[1])])).all()
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_held_out_loss_best_checkpoint_and_sample_sheets(tmp_path):
+    config = tiny_run.config(
+        num_steps=5, eval_every=1, save_every=5, sample_every=3, keep=1, optimizer={"learning_rate": 1e-9}
+    )
+    sheet = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    seen = []
+
+    def draw(params):
+        seen.append(params)
+        return sheet
+
+    assert train(config, tmp_path / "run", tiny_run.opener(config), sample_sheet=draw) is Outcome.FINISHED
+    losses = lines(tmp_path / "run", "held_out_loss/unseen")
+    assert sorted(losses) == [1, 2, 3, 4, 5]
+    # Parameters that hardly move have hardly moving losses: the batches, times and noise are the same each time.
+    np.testing.assert_allclose(list(losses.values()), losses[1], rtol=1e-4)
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000003.png", "00000005.png"]
+    np.testing.assert_array_equal(Image.open(tmp_path / "run" / "samples" / "00000003.png"), sheet)
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], load_model(tmp_path / "run")[1])
+    best = min(losses, key=losses.get)
+    kept = {int(p.name) for p in (tmp_path / "run" / FOLDER).iterdir()}
+    assert kept == {best, 5}
+
+
+def test_fine_tuning_starts_from_the_averaged_parameters(straight, tmp_path):
+    config, reference = straight
+    still = tiny_run.config(num_steps=1, optimizer={"learning_rate": 1e-12, "weight_decay": 0.0})
+    train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=reference)
+    start, tuned = load_model(reference)[1], load_model(tmp_path / "tuned", averaged=False)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), start, tuned)
+
+    wider = tiny_run.config(model={"mlp_dim": 48})
+    with pytest.raises(ValueError, match=r"init_from .* is of another model: blocks\.mlp\.mlp\.fc1\.bias"):
+        train(wider, tmp_path / "wider", tiny_run.opener(wider), init_from=reference)
+    assert not (tmp_path / "wider").exists()
+
+
+def test_a_split_without_batches_is_named(tmp_path):
+    config = tiny_run.config(eval_every=1)
+    empty = lambda split, training: tiny_run.RandomBatches(config, length=None if training else 0)  # noqa: E731
+    with pytest.raises(ValueError, match="split 'unseen' of data.eval_splits has no batch"):
+        train(config, tmp_path / "run", empty)
+    nothing = lambda split, training: tiny_run.RandomBatches(config, length=0)  # noqa: E731
+    with pytest.raises(ValueError, match="split 'train' gave no more batches"):
+        train(config, tmp_path / "run2", nothing)
