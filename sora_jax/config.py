@@ -65,6 +65,8 @@ class ModelConfig:
         mlp_dim: hidden size of the MLP.
         text_dim: size of a caption token state (384 for MiniLM, 4096 for UMT5-XXL).
         frequency_dim: size of the sinusoidal embedding of the noise level.
+        grid_embedding: adds an embedding of where a patch lies in its clip to its token. Rotary positions alone tell
+            tokens of pure noise apart by nothing but the noise; the Wan models do without and learn it at scale.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of every norm.
         dtype: of the computation; parameters and softmax stay float32.
@@ -78,6 +80,7 @@ class ModelConfig:
     mlp_dim: int = 1024
     text_dim: int = 384
     frequency_dim: int = 256
+    grid_embedding: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"

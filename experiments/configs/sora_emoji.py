@@ -47,7 +47,7 @@ def config() -> ExperimentConfig:
             num_steps=20,
             guidance_scale=2.0,
         ),
-        num_steps=3800,
+        num_steps=2800,
         eval_every=1000,
         save_every=250,
         sample_every=1000,

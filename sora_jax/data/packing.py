@@ -16,7 +16,7 @@ import numpy as np
 from sora_jax.array_types import NumpyArray, PackedBatch
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
-from sora_jax.data.decode import decode_frames
+from sora_jax.data.decode import UnreadableClipError, decode_frames
 from sora_jax.data.sources import ClipSource
 from sora_jax.data.transforms import Sample, draw_sample, select_clips
 from sora_jax.patches.patchify import grid_shape, num_tokens, patchify
@@ -25,6 +25,8 @@ from sora_jax.patches.rows import Segment, fill_row
 
 TOO_LARGE = "more patches than a row of data.row_length has"
 TOO_LONG_CAPTION = "caption of more tokens than data.text_length"
+MOST_MISSES = 10_000
+"""Samples in a row that may be left out before an endless shard gives up."""
 
 
 class _DrawPlan(grain.transforms.RandomMap):
@@ -51,7 +53,11 @@ class Shard(Iterator[PackedBatch]):
         max_clips: of the split, for all shards together.
 
     Attributes:
-        skipped: how often each (clip name, reason) was left out since the shard was made.
+        skipped: how often each (clip name, reason) was left out; whoever reads it may clear it.
+        num_reduced: samples that were made smaller to fit a row, likewise.
+
+    Raises:
+        ValueError: where `repeat`, and no sample of the shard fits a row.
     """
 
     def __init__(
@@ -66,6 +72,9 @@ class Shard(Iterator[PackedBatch]):
     ) -> None:
         self._source, self._captions, self._data, self._patch = source, captions, data, patch
         self.skipped: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.num_reduced = 0
+        self._misses = 0
+        self._repeat = repeat
         clips = select_clips(len(source), max_clips, data.clip_seed)[index :: data.num_shards]
         self._null_length = int(captions.lengths([""])[0])
         self._caption_lengths = captions.lengths(source.metadata.captions)
@@ -97,12 +106,12 @@ class Shard(Iterator[PackedBatch]):
             self._data, self._patch,
         )  # fmt: skip
         if sample is None:
-            self.skipped[m.names[clip], TOO_LARGE] += 1
-            return None
+            return self._leave_out(clip, TOO_LARGE)
         text = self._null_length if sample.caption_dropped else int(self._caption_lengths[clip])
         if text > self._data.text_length:
-            self.skipped[m.names[clip], TOO_LONG_CAPTION] += 1
-            return None
+            return self._leave_out(clip, TOO_LONG_CAPTION)
+        self._misses = 0
+        self.num_reduced += sample.reduced
         patches = num_tokens(sample.num_frames, sample.height, sample.width, self._patch.size)
         numbers = (sample.clip, sample.start, sample.num_frames, sample.fps, sample.height, sample.width)
         return {
@@ -110,6 +119,18 @@ class Shard(Iterator[PackedBatch]):
             "text": np.zeros(text, np.uint8),
             "sample": np.array([[*numbers, sample.caption_dropped]], np.float64),
         }
+
+    def _leave_out(self, clip: int, reason: str) -> None:
+        """Takes note of a sample that fits no row; raises ValueError where none ever does."""
+        self.skipped[self._source.metadata.names[clip], reason] += 1
+        self._misses += 1
+        if self._repeat and self._misses >= MOST_MISSES:
+            reasons = ", ".join(sorted({reason for _, reason in self.skipped}))
+            raise ValueError(
+                f"{self._misses} samples in a row were left out ({reasons}); raise data.row_length "
+                f"({self._data.row_length}) or data.text_length ({self._data.text_length}), lower data.num_frames "
+                f"{self._data.num_frames} or data.long_side {self._data.long_side}, or set data.oversize to 'resize'."
+            )
 
     def next_plan(self) -> list[Sample]:
         """Returns the samples of the next row; StopIteration where the epoch has ended."""
@@ -135,7 +156,11 @@ class Shard(Iterator[PackedBatch]):
         m = self._source.metadata
         indices = sample.frame_indices(float(m.fps[sample.clip]), int(m.num_frames[sample.clip]))
         encoded = self._source.read_frames(sample.clip, indices)
-        frames = decode_frames(encoded, sample.height, sample.width).astype(np.float32) / 127.5 - 1
+        try:
+            pixels = decode_frames(encoded, sample.height, sample.width)
+        except UnreadableClipError as error:
+            raise UnreadableClipError(f"clip {m.names[sample.clip]!r}: {error}") from error
+        frames = pixels.astype(np.float32) / 127.5 - 1
         patches = patchify(frames, self._patch.size)
         grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
         caption = "" if sample.caption_dropped else m.captions[sample.clip]

@@ -8,8 +8,10 @@ number of hosts nor that of worker processes changes the rows of a batch.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,8 @@ from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class PipelineStatistics:
@@ -33,8 +37,9 @@ class PipelineStatistics:
         real_tokens: patches in them that are not padding.
         tokens: patches they have room for.
         waited_seconds: time that `next` took.
-        skipped: how often each (clip name, reason) was left out.
-        worker_cpu_seconds: processor time of each worker process.
+        skipped: how often each (clip name, reason) was left out. The first time of each is logged as a warning.
+        num_reduced: samples made smaller because they had more patches than a row; the first time is logged.
+        worker_cpu_seconds: processor time of each worker process, by its process id.
     """
 
     rows: int = 0
@@ -43,6 +48,7 @@ class PipelineStatistics:
     tokens: int = 0
     waited_seconds: float = 0.0
     skipped: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    num_reduced: int = 0
     worker_cpu_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -70,6 +76,12 @@ class PackedPipeline(Iterator[PackedBatch]):
             raise ValueError(
                 f"data.num_shards must be a multiple of the number of hosts ({process_count}), got {data.num_shards}."
             )
+        self._num_clips = min(len(source), max_clips or len(source))
+        if repeat and self._num_clips < data.num_shards:
+            raise ValueError(
+                f"data.num_shards must be at most the number of clips that are trained on ({self._num_clips}), "
+                f"got {data.num_shards}."
+            )
         owned = data.num_shards // process_count
         self.statistics = PipelineStatistics()
         self._data = data
@@ -80,17 +92,22 @@ class PackedPipeline(Iterator[PackedBatch]):
         )
         self._empty_row = fill_row([], **row_budgets(data, patch, captions))
         self._states: dict[int, Any] = {shard: None for shard in self._shards}
+        self._restored = False
         self._makers: dict[int, Worker | Shard] = {}
 
     def __next__(self) -> PackedBatch:
         began = time.perf_counter()
-        if not self._makers:
-            self._start()
-        made = [(shard, self._make(shard)) for shard in self._shards for _ in range(self._rows_per_shard)]
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)  # a batch that was begun is made again from the place after the last one
+            if not self._makers:
+                self._start()
+            made = [(shard, self._make(shard)) for shard in self._shards for _ in range(self._rows_per_shard)]
+            on_failure.pop_all()
         rows = [m.row for _, m in made if m.row is not None]
         for shard, m in made:
             self._states[shard] = m.state
         if not rows:
+            self._check_not_empty()
             raise StopIteration
         batch = stack_rows([self._empty_row if m.row is None else m.row for _, m in made])
         stats = self.statistics
@@ -116,6 +133,7 @@ class PackedPipeline(Iterator[PackedBatch]):
             raise ValueError(f"the saved place of the data lacks shard {missing[0]}; it has {', '.join(state)}.")
         self.close()
         self._states = {shard: state[str(shard)] for shard in self._shards}
+        self._restored = True
 
     def close(self) -> None:
         """Ends the worker processes; the next batch starts them again."""
@@ -149,10 +167,32 @@ class PackedPipeline(Iterator[PackedBatch]):
         """Returns a shard's next row, and takes note of what it says of itself."""
         maker = self._makers[shard]
         made = maker.get() if isinstance(maker, Worker) else make_row(maker)
-        self.statistics.skipped.update(made.skipped)
+        stats = self.statistics
+        for (name, reason), count in made.skipped.items():
+            if (name, reason) not in stats.skipped:
+                _LOGGER.warning("clip %r left out: %s", name, reason)
+            stats.skipped[name, reason] += count
+        if made.num_reduced and not stats.num_reduced:
+            _LOGGER.warning(
+                "samples of more patches than a row (data.row_length %d) are made smaller", self._data.row_length
+            )
+        stats.num_reduced += made.num_reduced
         if isinstance(maker, Worker):
-            self.statistics.worker_cpu_seconds[id(maker)] = made.cpu_seconds
+            stats.worker_cpu_seconds[maker.process.pid] = made.cpu_seconds
         return made
+
+    def _check_not_empty(self) -> None:
+        """Raises ValueError where a whole pass over the data gave no row."""
+        if self._restored or self.statistics.rows:
+            return
+        if not self._num_clips:
+            raise ValueError("the split has no clips; choose another one or prepare the data again.")
+        reasons = ", ".join(sorted({reason for _, reason in self.statistics.skipped})) or "they belong to other hosts"
+        raise ValueError(
+            f"none of {self._num_clips} clips gives a row ({reasons}); raise data.row_length "
+            f"({self._data.row_length}) or data.text_length ({self._data.text_length}), lower data.num_frames "
+            f"{self._data.num_frames} or data.long_side {self._data.long_side}, or set data.oversize to 'resize'."
+        )
 
 
 def make_pipeline(
@@ -178,7 +218,8 @@ def make_pipeline(
         process_count: number of hosts.
 
     Raises:
-        ValueError: no such data, or shards that cannot be shared out among the hosts.
+        ValueError: no such data, or shards that cannot be shared out among the hosts or have no clips. The iterator
+            raises it where no clip fits a row, naming what to change.
     """
     source = open_source(data.path, split or data.split)
     if not training:

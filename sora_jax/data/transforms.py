@@ -27,6 +27,7 @@ class Sample:
         fps: frames a second taken.
         height, width: in pixels, multiples of the patch's.
         caption_dropped: whether it goes with the null caption.
+        reduced: whether it was made smaller than drawn to fit a row.
     """
 
     clip: int
@@ -36,6 +37,7 @@ class Sample:
     height: int
     width: int
     caption_dropped: bool
+    reduced: bool = False
 
     def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
         """Returns the stored frame shown at each moment of the sample."""
@@ -110,11 +112,14 @@ def draw_sample(
         num_frames = min(round(_log_uniform(frames, *data.num_frames)), most)
     last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
     long_side = _log_uniform(side, *data.long_side)
-    budget = data.row_length if data.oversize == "resize" else 2**31
-    size = fit_size(height, width, long_side, patch, num_frames, budget)
-    if size is None or num_tokens(num_frames, *size, patch.size) > data.row_length:
+    size = fit_size(height, width, long_side, patch, num_frames, budget=2**31)
+    reduced = num_tokens(num_frames, *size, patch.size) > data.row_length
+    if reduced:
+        resize = data.oversize == "resize"
+        size = fit_size(height, width, long_side, patch, num_frames, data.row_length) if resize else None
+    if size is None:
         return None
-    return Sample(clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout))
+    return Sample(clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced)
 
 
 def select_clips(num_clips: int, max_clips: int | None, seed: int) -> NumpyArray:

@@ -4,7 +4,8 @@ Its shape is that of the open Wan 2.1 text-to-video models (arXiv:2503.20314, se
 time MLP whose projection modulates all blocks, each with a table of its own; blocks of self-attention (QK RMSNorm,
 3-D rotary positions), cross-attention to the caption and an MLP; a modulated head. What is ours is packing: a row
 holds several clips, and each of a clip's patches has its own noise level. A clip's output does not depend on its
-neighbours.
+neighbours. Ours too is the grid embedding, which tells a token where in its clip it lies, in patches and as a share
+of the clip (absolute and fractional positions, arXiv:2307.06304, section 3.2).
 
 Initialisation is adaLN-Zero's (arXiv:2212.09748, section 3.2): gates, and the head, start at zero.
 """
@@ -21,7 +22,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import ModelConfig
-from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.attention import AttentionFn, attention_kernel, xla_attention
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, sinusoidal_embedding
 from sora_jax.models.transformer import (
     Context,
@@ -33,9 +34,14 @@ from sora_jax.models.transformer import (
     scanned_blocks,
 )
 from sora_jax.patches.rotary import rope_angles
+from sora_jax.patches.segments import segment_extent
 
 # Noise levels in [0, 1] are embedded as the timesteps in [0, 1000] that the open models were trained with.
 TIMESTEPS = 1000.0
+
+# Of the grid embedding: each coordinate is embedded with wavelengths from 2 pi / 8 to about 8 patches (or clips).
+GRID_FREQUENCIES = 32
+GRID_PERIOD = 100.0
 
 SORA_SIZES: dict[str, ModelConfig] = {
     "sora_nano": ModelConfig(width=64, depth=2, num_heads=2, mlp_dim=256),
@@ -44,8 +50,8 @@ SORA_SIZES: dict[str, ModelConfig] = {
     "sora_b": ModelConfig(width=768, depth=12, num_heads=12, mlp_dim=3072),
     "sora_l": ModelConfig(width=1024, depth=24, num_heads=16, mlp_dim=4096),
     "sora_xl": ModelConfig(width=1152, depth=28, num_heads=16, mlp_dim=4608),
-    "wan_1_3b": ModelConfig(width=1536, depth=30, num_heads=12, mlp_dim=8960, text_dim=4096),
-    "wan_14b": ModelConfig(width=5120, depth=40, num_heads=40, mlp_dim=13824, text_dim=4096),
+    "wan_1_3b": ModelConfig(width=1536, depth=30, num_heads=12, mlp_dim=8960, text_dim=4096, grid_embedding=False),
+    "wan_14b": ModelConfig(width=5120, depth=40, num_heads=40, mlp_dim=13824, text_dim=4096, grid_embedding=False),
 }
 
 
@@ -92,6 +98,11 @@ class SoraTransformer(nn.Module):
         axes = ("modulation", "width", "width")
 
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
+        if c.grid_embedding:
+            place = grid_coordinates(positions, segment_ids, levels.shape[1])  # (B, L, 5)
+            place = sinusoidal_embedding(place, GRID_FREQUENCIES, period=GRID_PERIOD)  # (B, L, 5, GRID_FREQUENCIES)
+            place = place.reshape(*segment_ids.shape, -1).astype(c.dtype)
+            x = x + dense(c.width, ("patch", "width"), name="grid_embedding", dtype=c.dtype)(place)
         text = Mlp(c.width, c.width, ("text", "width", "heads_width"), c.dtype, name="text_embedding")(
             text.astype(c.dtype)
         )
@@ -129,6 +140,22 @@ class SoraTransformer(nn.Module):
         return jnp.where(segment_ids[..., None] > 0, x, 0)
 
 
+def grid_coordinates(
+    positions: Float[Array, "batch length 3"], segment_ids: Int[Array, "batch length"], num_segments: int
+) -> Float[Array, "batch length 5"]:
+    """Returns where tokens lie in their clips, (B, L, 5) float32, in the units that the grid embedding takes.
+
+    These are t, y and x as they are, and the middle of the patch as a share of the clip's height and width, times 8.
+
+    Args:
+        positions: (B, L, 3), (t, y, x).
+        segment_ids: (B, L), 0 for padding.
+        num_segments: at least the highest segment id.
+    """
+    extent = segment_extent(positions[..., 1:], segment_ids, num_segments)
+    return jnp.concatenate([positions, 8 * (positions[..., 1:] + 0.5) / extent], axis=-1)
+
+
 def param_count(config: ModelConfig, patch_dim: int) -> int:
     """Returns the number of parameters of a `SoraTransformer`, without allocating them."""
     shapes = abstract_params(SoraTransformer(dataclasses.replace(config, attention="xla"), patch_dim))
@@ -137,6 +164,10 @@ def param_count(config: ModelConfig, patch_dim: int) -> int:
 
 def init_params(model: SoraTransformer, key: jax.Array) -> dict:
     """Returns freshly drawn parameters, boxed with their logical axes; rows of eight tokens suffice for shapes."""
+    # They do not depend on the kernel, and one that is built for a mesh takes no single row.
+    model = model.clone(attention_fn=xla_attention)
+    # The kernels have no parameters; that of a mesh would want a row for each of its devices.
+    model = model.clone(config=dataclasses.replace(model.config, attention="xla"), attention_fn=None)
     row = jnp.zeros((1, 8), jnp.int32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     text = zeros((1, 8, model.config.text_dim))

@@ -43,3 +43,21 @@ def segment_mean(
     count = members.sum(axis=1)
     total = jnp.einsum("bl,blk->bk", jnp.where(mask, values, 0), members)
     return total / jnp.maximum(count, 1), count > 0
+
+
+def segment_extent(
+    positions: Float[Array, "batch length axes"], segment_ids: Int[Array, "batch length"], num_segments: int
+) -> Float[Array, "batch length axes"]:
+    """Returns, for each token, one more than the largest position of its segment: the size of a grid counted from 0.
+
+    Args:
+        positions: (B, L, A), 0 or above.
+        segment_ids: (B, L).
+        num_segments: at least the highest segment id.
+
+    Returns:
+        (B, L, A) float32; 1 for padding.
+    """
+    members = segment_one_hot(segment_ids, num_segments)  # (B, L, K)
+    largest = jnp.where(members[..., None] > 0, positions[:, :, None, :], 0).max(axis=1)  # (B, K, A)
+    return jnp.einsum("blk,bka->bla", members, largest, precision="highest") + 1

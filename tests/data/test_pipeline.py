@@ -1,11 +1,18 @@
 import collections
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from fake_source import FakeSource, caption_table
 
 from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data import packing
 from sora_jax.data.pipeline import PackedPipeline
 from sora_jax.patches.patchify import num_tokens
 
@@ -147,47 +154,128 @@ def test_rows_are_nearly_full(row_length, share):
     assert np.mean(lengths) / row_length >= share
 
 
-def test_what_is_left_out_is_counted_and_named():
-    rows = pipeline(num_frames=(16, 16), long_side=(96, 96), still_share=0.0, row_length=256, oversize="skip")
+def test_what_is_left_out_is_counted_named_and_said(caplog):
+    rows = pipeline(
+        num_frames=(16, 16), fps=(24, 24), long_side=(64, 64), still_share=0.0, row_length=256, oversize="skip",
+        num_shards=1,
+    )  # fmt: skip
     batches = take(rows, 3)
-    # 8 patches in time leave room for 32 a frame: what is nearly square has more.
-    sizes = {i: SOURCE.metadata for b in batches for i in b.clip_ids.ravel() if i >= 0}
-    for clip, m in sizes.items():
-        aspect = min(m.height[clip], m.width[clip]) / max(m.height[clip], m.width[clip])
-        assert m.num_frames[clip] == 1 or aspect < 0.9
-    (name, reason), _ = rows.statistics.skipped.most_common(1)[0]
-    assert name.startswith("clip-") and reason == "more patches than a row of data.row_length has"
+    # 8 patches in time leave room for 32 a frame; the narrowest clip has 8 x 5.
+    assert {i % 4 for b in batches for i in b.clip_ids.ravel() if i >= 0} == {0}  # the stills
+    assert {name for name, _ in rows.statistics.skipped} == {f"clip-{i}.webp" for i in range(40) if i % 4}
+    assert {reason for _, reason in rows.statistics.skipped} == {"more patches than a row of data.row_length has"}
+    assert sum("clip-1.webp" in message for message in caplog.messages) == 1
+    assert rows.statistics.num_reduced == 0
+
+
+def test_what_is_made_smaller_is_counted_and_said(caplog):
+    rows = pipeline(num_frames=(16, 16), fps=(24, 24), long_side=(64, 64), still_share=0.0, row_length=256)
+    batches = take(rows, 3)
+    assert {i % 4 for b in batches for i in b.clip_ids.ravel() if i >= 0} == {0, 1, 2, 3}
+    assert not rows.statistics.skipped
+    assert 0 < rows.statistics.num_reduced
+    assert len([m for m in caplog.messages if "made smaller" in m]) == 1
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_no_row_at_all_is_an_error_that_says_what_to_change(repeat, monkeypatch, caplog):
+    monkeypatch.setattr(packing, "MOST_MISSES", 200)
+    source = FakeSource(3)
+    source.metadata.num_frames[:] = 72
+    rows = pipeline(
+        repeat, source=source, num_frames=(16, 16), fps=(24, 24), long_side=(64, 64), still_share=0.0, row_length=256,
+        oversize="skip",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"more patches than a row.*raise data.row_length \(256\).*oversize"):
+        next(rows)
+
+
+def test_a_shard_without_clips_is_refused():
+    with pytest.raises(ValueError, match=r"num_shards must be at most the number of clips .*\(1\), got 2"):
+        pipeline(max_clips=1)
+    with pytest.raises(ValueError, match="the split has no clips"):
+        next(pipeline(repeat=False, source=FakeSource(0)))
 
 
 class BrokenSource(FakeSource):
     def read_frames(self, index, frame_indices):
-        raise OSError(f"clip {index} cannot be read")
+        return [b"not a picture"] * len(frame_indices)
+
+
+class WorkerReport(FakeSource):
+    def read_frames(self, index, frame_indices):
+        from jax._src import xla_bridge
+
+        raise OSError(f"threads {os.environ['OMP_NUM_THREADS']}, JAX started {xla_bridge.backends_are_initialized()}")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_failure_reaches_the_main_process(num_workers):
-    with pytest.raises((OSError, RuntimeError), match=r"clip \d+ cannot be read"):
+def test_a_bad_clip_is_named_in_the_main_process(num_workers):
+    with pytest.raises(ValueError, match=r"clip 'clip-\d+.webp': frame 0 of \d+ cannot be decoded"):
         take(pipeline(source=BrokenSource(), num_workers=num_workers), 1)
 
 
-def test_a_dead_worker_is_noticed():
-    rows = pipeline(num_workers=1)
-    with rows:
-        next(rows)
-        worker = next(iter(rows._makers.values()))
-        worker._process.kill()
-        with pytest.raises(RuntimeError, match="a data worker died"):
+def test_a_failure_reaches_the_main_process_with_its_traceback():
+    with pytest.raises(RuntimeError, match=r"(?s)in read_frames.*OSError: threads 1, JAX started False"):
+        take(pipeline(source=WorkerReport(), num_workers=1), 1)
+
+
+def test_a_dead_worker_is_noticed_and_closing_leaves_none():
+    with pipeline(num_workers=2) as rows:
+        assert_equal([next(rows)], REFERENCE[:1])
+        first, second = {maker.process.pid: maker.process for maker in rows._makers.values()}.values()
+        assert second.poll() is None
+        first.kill()
+        with pytest.raises(RuntimeError, match=r"a data worker died with exit code -9"):
             for _ in range(20):
                 next(rows)
+        assert second.poll() is not None
+        place = rows.get_state()
+    again = pipeline()
+    again.set_state(place)
+    done = rows.statistics.rows // 4
+    assert_equal(take(again, 1), REFERENCE[done : done + 1])
 
 
-def test_closing_leaves_no_process():
-    rows = pipeline(num_workers=2)
-    with rows:
-        next(rows)
-        processes = [maker._process for maker in set(rows._makers.values())]
-        assert all(process.is_alive() for process in processes)
-    assert not any(process.is_alive() for process in processes)
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from test_pipeline import pipeline
+rows = pipeline(num_workers=1)  # without a __main__ guard
+next(rows)
+print(rows._makers[0].process.pid, flush=True)
+if "sleep" in sys.argv:
+    time.sleep(60)
+"""
+
+
+def test_workers_leave_signals_to_the_main_process_and_end_with_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(pathlib.Path(__file__).parent)))
+    main = subprocess.Popen([sys.executable, script, "sleep"], stdout=subprocess.PIPE, text=True)
+    with main:
+        worker = int(main.stdout.readline())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        time.sleep(0.2)
+        os.kill(worker, 0)  # it is still there
+        main.kill()
+    wait_until_gone(worker)
+    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 0
+    wait_until_gone(int(ended.stdout))
+
+
+def wait_until_gone(pid):
+    for _ in range(100):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":  # nobody has collected it yet
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} is still there")
 
 
 def test_shards_must_be_shared_out_evenly():

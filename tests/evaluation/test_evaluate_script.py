@@ -67,7 +67,7 @@ class Painter:
         self.calls.append((prompts, num_frames, height, width, fps))
         clips = []
         for place, (prompt, *shape) in enumerate(zip(prompts, num_frames, height, width, strict=True)):
-            colour = self.source.colours[int(prompt.split()[1])] if place < self.right else (255, 0, 255)
+            colour = self.source.colours[int(prompt.split()[1])] if place < self.right else (240, 0, 240)
             clips.append(
                 np.full((*shape, 3), colour, np.uint8) + np.arange(shape[0], dtype=np.uint8)[:, None, None, None]
             )

@@ -6,12 +6,14 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import WordEncoder, random_params
 
 from sora_jax.config import FlowConfig
 from sora_jax.diffusion.samplers import flow_times
+from sora_jax.generation import pipeline as pipeline_module
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.pipeline import SoraPipeline, to_pixels
 
@@ -25,14 +27,13 @@ def floats(pipeline, prompts, seed, sampler="euler", scale=3.0, num_steps=2, **s
     return pipeline._clips(requests, flow_times(num_steps), scale, sampler, None)
 
 
-@pytest.mark.parametrize("scale", (1.0, 3.0))
-def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline, scale):
-    packed = floats(pipeline, PROMPTS, [3, 4, 5, 6], scale=scale, **SIZES)
+def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline):
+    packed = floats(pipeline, PROMPTS, [3, 4, 5, 6], **SIZES)
     assert [clip.shape for clip in packed] == [(3, 8, 8, 3), (1, 16, 8, 3), (4, 12, 16, 3), (2, 40, 40, 3)]
     for i, prompt in enumerate(PROMPTS):
-        alone = floats(pipeline, [prompt], 3 + i, scale=scale, **{name: values[i] for name, values in SIZES.items()})
+        alone = floats(pipeline, [prompt], 3 + i, **{name: values[i] for name, values in SIZES.items()})
         np.testing.assert_allclose(alone[0], packed[i], atol=1e-4)
-    turned = floats(pipeline, PROMPTS[::-1], [6, 5, 4, 3], scale=scale, **{n: v[::-1] for n, v in SIZES.items()})
+    turned = floats(pipeline, PROMPTS[::-1], [6, 5, 4, 3], **{name: values[::-1] for name, values in SIZES.items()})
     for first, second in zip(packed, turned[::-1], strict=True):
         np.testing.assert_allclose(first, second, atol=1e-4)
 
@@ -91,42 +92,64 @@ def test_guidance_moves_from_the_null_to_the_captions_velocity(pipeline):
     assert np.abs(one - null).max() > 1e-3
 
 
-class Peak:
-    """A network that knows its clips: it puts out x0 = `value` times the mean of the caption's first token."""
+class Constant:
+    """A network that puts out one value."""
 
     def __init__(self, value):
         self.value = value
 
-    def apply(self, variables, patches, positions, segment_ids, levels, level_ids, text, text_segment_ids):
-        self.levels = jax.numpy.take_along_axis(levels, level_ids, axis=1)
-        return jax.numpy.full_like(patches, self.value)
+    def apply(self, variables, patches, *rest):
+        return jnp.full_like(patches, self.value)
+
+
+class MeanLevel:
+    """A network that puts out the mean noise level of a row's tokens."""
+
+    def apply(self, variables, patches, positions, segment_ids, levels, level_ids, *rest):
+        real = segment_ids > 0
+        level = jnp.where(real, jnp.take_along_axis(levels, level_ids, axis=1), 0)
+        return jnp.zeros_like(patches) + (level.sum(axis=1) / real.sum(axis=1))[:, None, None]
 
 
 @pytest.mark.parametrize("sampler", ("euler", "heun"))
 def test_a_perfect_denoiser_is_followed_to_its_clip(with_config, sampler):
     """x0 prediction of a constant: the last step from t to 0 lands on it whatever the noise was."""
     pipeline = with_config(flow=FlowConfig(prediction="x0", min_time=0.01))
-    pipeline._model = Peak(0.5)
+    pipeline._model = Constant(0.5)
     clip = pipeline(["frog"], num_frames=3, height=8, width=8, num_steps=7, guidance_scale=2.0, sampler=sampler)[0]
     assert clip.shape == (3, 8, 8, 3) and clip.dtype == np.uint8
     assert np.unique(clip).tolist() == [191]  # (0.5 + 1) * 127.5, rounded
 
 
-def test_known_patches_stay_as_they_are(pipeline, monkeypatch):
-    from sora_jax.generation import pipeline as module
-
-    blank = module.blank_segment
+@pytest.fixture
+def half_known(monkeypatch):
+    """Every second patch of a canvas is known to be 0.25."""
+    blank = pipeline_module.blank_segment
 
     def half_known(request, *rest):
         segment = blank(request, *rest)
         known = np.arange(len(segment.patches)) % 2 == 0
         return segment._replace(known=known, patches=np.where(known[:, None], 0.25, segment.patches))
 
-    monkeypatch.setattr(module, "blank_segment", half_known)
+    monkeypatch.setattr(pipeline_module, "blank_segment", half_known)
+
+
+def test_known_patches_stay_as_they_are(pipeline, half_known):
     clip = floats(pipeline, ["frog"], 0, num_frames=2, height=4, width=16, fps=8.0)[0]
     np.testing.assert_array_equal(clip[:, :, 0:4], 0.25)
     np.testing.assert_array_equal(clip[:, :, 8:12], 0.25)
     assert (clip[:, :, 4:8] != 0.25).all()
+
+
+def test_known_patches_have_level_zero(with_config, half_known):
+    pipeline = with_config()
+    pipeline._model = MeanLevel()
+    sizes = dict(num_frames=2, height=4, width=16, fps=8.0, num_steps=1)
+    noise = np.random.default_rng(7).standard_normal((4, 96), np.float32)
+    for scale in (1.0, 2.0):
+        clip = floats(pipeline, ["frog"], 7, scale=scale, **sizes)[0]
+        # Of four patches two are at t = 1: the velocity is 1/2, and x = noise - 1/2.
+        np.testing.assert_allclose(clip[0, 0, 4], noise[1, :3] - 0.5, atol=1e-6)
 
 
 def test_equal_shapes_are_traced_once_whatever_else_changes(tiny_config):

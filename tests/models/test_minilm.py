@@ -39,9 +39,9 @@ def test_states_are_those_of_the_float_weights(encoder):
         assert state.shape == REFERENCE[f"states_{i}"].shape and state.dtype == np.float32
         cosines.append(cosine(state, REFERENCE[f"states_{i}"]))
         relative = np.linalg.norm(state, axis=-1) / np.linalg.norm(REFERENCE[f"states_{i}"].astype(np.float32), axis=-1)
-        np.testing.assert_allclose(relative, 1, atol=0.02)
+        np.testing.assert_allclose(relative, 1, atol=0.04)
     cosines = np.concatenate(cosines)
-    assert cosines.mean() >= 0.999 and cosines.min() >= 0.997
+    assert cosines.mean() >= 0.999 and cosines.min() >= 0.999
 
 
 def test_tokens_are_those_of_the_original(encoder):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sora_jax.patches.rows import Segment, fill_row, first_fit, stack_rows
-from sora_jax.patches.segments import segment_mask, segment_mean
+from sora_jax.patches.segments import segment_extent, segment_mask, segment_mean
 
 BUDGET = dict(row_length=6, text_length=4, max_segments=3, patch_dim=2, text_dim=1)
 
@@ -61,3 +61,9 @@ def test_means_of_segments_by_eye():
     means, present = segment_mean(values, np.array([[1, 1, 1, 0, 0]], bool), np.array([[1, 1, 2, 3, 0]]), 4)
     np.testing.assert_array_equal(means, [[2, 5, 0, 0]])
     np.testing.assert_array_equal(present, [[True, True, False, False]])
+
+
+def test_extents_of_segments_by_eye():
+    positions = np.array([[[0, 0], [0, 2], [1, 1], [4, 0], [9, 9]]], np.float32)
+    extent = segment_extent(positions, np.array([[1, 1, 1, 2, 0]]), 3)
+    np.testing.assert_array_equal(extent, [[[2, 3], [2, 3], [2, 3], [5, 1], [1, 1]]])

@@ -1,12 +1,29 @@
 import jax
 import pytest
 
+from sora_jax.training import loop
+
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Runs in these tests compile the same few programs again and again."""
+def compiled_once(tmp_path_factory):
+    """Runs with the same config share their compiled functions: most of a tiny run's time is tracing."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    patch = pytest.MonkeyPatch()
+    for name in ("make_train_step", "make_eval_step"):
+        patch.setattr(loop, name, _remember(getattr(loop, name)))
     yield
+    patch.undo()
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+def _remember(make):
+    made = {}
+
+    def remembered(*args):
+        key = next(a for a in args if isinstance(a, loop.ExperimentConfig))
+        if key not in made:
+            made[key] = make(*args)
+        return made[key]
+
+    return remembered

@@ -1,0 +1,42 @@
+"""Measures what training costs, on the machine at hand.
+
+Each suite is a file in experiments/benchmarks/; `benchmark.py SUITE --help` shows its options.
+
+Examples:
+    python experiments/benchmark.py packing --data.path data/fluent_emoji
+    python experiments/benchmark.py packing --data.path data/fluent_emoji --row-lengths 512 --rows 1000 --num-steps 3
+    python experiments/benchmark.py data --data.path data/fluent_emoji --json data.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import tyro
+from benchmarks import data, packing
+from etils import epath
+
+SUITES = {"packing": (packing.PackingOptions, packing.run), "data": (data.DataOptions, data.run)}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        options = tyro.extras.subcommand_cli_from_dict(
+            {name: suite for name, (suite, _) in SUITES.items()}, args=argv, description=__doc__
+        )
+        if options.json is not None and not epath.Path(options.json).parent.is_dir():
+            raise ValueError(f"json {str(options.json)!r} is to lie in a directory that does not exist.")
+        suite = next(run for kind, run in SUITES.values() if isinstance(options, kind))
+        figures = suite(options)
+        if options.json is not None:
+            epath.Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

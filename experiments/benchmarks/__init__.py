@@ -1,0 +1,1 @@
+"""Suites of experiments/benchmark.py, one a file."""
