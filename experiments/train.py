@@ -35,6 +35,7 @@ from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
 from sora_jax.parallel.mesh import MESH_AXES, check_batch_size, mesh_shape
 from sora_jax.parallel.multihost import first_process_first
+from sora_jax.parallel.rules import param_shardings
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -62,9 +63,9 @@ class Arguments:
     multihost: bool = False
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    arguments = parse(sys.argv[1:])
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         return dry_run(arguments) if arguments.dry_run else run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -127,17 +128,20 @@ def load_config(name: str) -> ExperimentConfig:
 def dry_run(arguments: Arguments) -> int:
     """Checks the config and prints what a step costs; allocates nothing."""
     from sora_jax.training.flops import step_flops
-    from sora_jax.training.state import abstract_params
+    from sora_jax.training.state import build_model, init_params
 
-    config = arguments.config
+    # The kernel changes neither parameters nor what they are split over, and may need the devices it is made for.
+    config = dataclasses.replace(arguments.config, model=dataclasses.replace(arguments.config.model, attention="xla"))
     num_devices = jax.device_count()
     try:
         mesh = mesh_shape(config.mesh, num_devices)
     except ValueError:  # planned for another machine: the smallest mesh with these sizes
         mesh = {axis: max(getattr(config.mesh, axis), 1) for axis in MESH_AXES}
     check_batch_size(config.data.batch_size, mesh)
+    boxed = jax.eval_shape(lambda: init_params(build_model(config), config))
+    param_shardings(boxed, jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)))
     figures = {
-        "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config))),
+        "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(boxed)),
         "tokens_per_step": config.optimizer.accumulation_steps * config.data.batch_size * config.data.row_length,
         "flops_per_step": step_flops(config),
         "mesh": mesh,
@@ -267,7 +271,7 @@ def run(arguments: Arguments) -> int:
             console=console,
         )
     else:
-        run_directory.check_config(workdir, config, done)
+        run_directory.check_config(workdir, config, done)  # another config would be another run, not a finished one
         outcome = Outcome.ALREADY_FINISHED
     if jax.process_index() == 0:
         print(f"{outcome.value}: {workdir}")

@@ -31,7 +31,7 @@ wait_for_slice() { # until the request has been filled
       say "cannot ask for the state of $SORA_NAME; trying again"
     else
       case $state in
-        ACTIVE) return ;;
+        ACTIVE) return 0 ;;
         FAILED | SUSPENDING | SUSPENDED | DELETING | "")
           fail "the request $SORA_NAME is ${state:-gone}; delete it (delete.sh) and create it again"
           ;;

@@ -29,11 +29,15 @@ say() { # MESSAGE: what is going on, with the time
 }
 
 contains() { # WORDS WORD
-  [[ " $(echo $1) " == *" $2 "* ]]
+  local word
+  for word in $1; do
+    [[ $word != "$2" ]] || return 0
+  done
+  return 1
 }
 
 variable() { # SETTING: prints the name of its variable
-  echo "SORA_$(echo "$1" | tr 'a-z-' 'A-Z_')"
+  tr 'a-z-' 'A-Z_' <<<"sora-$1"
 }
 
 show_help() { # prints the comment that the script opens with
@@ -92,7 +96,7 @@ read_settings() { # ACCEPTED DEFAULTS ARGUMENT...: sets SORA_*, and REST to what
 read_config() { # FILE: sets what neither a flag nor the environment has set
   local line name known=""
   [[ -f $1 ]] || unusable "--config: there is no file '$1'"
-  for name in $VALUES $SWITCHES; do known+=" $(variable "$name")"; done
+  for name in $(tr 'a-z-' 'A-Z_' <<<"$VALUES $SWITCHES"); do known+=" SORA_$name"; done
   while IFS= read -r line || [[ -n $line ]]; do
     [[ -n ${line//[[:space:]]/} && $line != \#* ]] || continue
     name=${line%%=*}

@@ -166,8 +166,6 @@ def init_params(model: SoraTransformer, key: jax.Array) -> dict:
     """Returns freshly drawn parameters, boxed with their logical axes; rows of eight tokens suffice for shapes."""
     # They do not depend on the kernel, and one that is built for a mesh takes no single row.
     model = model.clone(attention_fn=xla_attention)
-    # The kernels have no parameters; that of a mesh would want a row for each of its devices.
-    model = model.clone(config=dataclasses.replace(model.config, attention="xla"), attention_fn=None)
     row = jnp.zeros((1, 8), jnp.int32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     text = zeros((1, 8, model.config.text_dim))

@@ -32,8 +32,10 @@ HBM_BYTES = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GI
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# libtpu would ask a cloud machine's metadata server for these, and wait for an answer that never comes.
+# libtpu would ask a cloud machine's metadata server for some of these, and wait for an answer that never comes. It
+# also lets one process at a time use the chips, of which compiling needs none.
 _ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -44,7 +46,7 @@ class MissingCompilerError(ImportError):
     """The TPU compiler is not installed."""
 
 
-class OutOfMemoryError(ValueError):
+class OutOfMemoryError(RuntimeError):
     """The step needs more memory than a chip has."""
 
 
@@ -167,9 +169,7 @@ def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(model, tx, config, mesh)
     accumulation = config.optimizer.accumulation_steps
-    batches = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((accumulation, *s.shape), s.dtype), abstract_batch(config)
-    )
+    batches = jax.tree.map(lambda s: jax.ShapeDtypeStruct((accumulation, *s.shape), s.dtype), abstract_batch(config))
     rows = jax.ShapeDtypeStruct((accumulation, config.data.batch_size), "int32")
     step = make_train_step(model, tx, config, mesh, shardings)
     return step.lower(abstract_state(model, tx, config, shardings), batches, rows)

@@ -132,6 +132,12 @@ class Checkpointer:
         self._manager.close()
 
 
+def latest_step(workdir: epath.PathLike) -> int | None:
+    """Returns the step of a run's newest whole checkpoint, None where there is none."""
+    folder = epath.Path(workdir).absolute() / FOLDER
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+
+
 def flat_names(params: PyTree) -> dict[str, Any]:
     """Returns the leaves by their path, joined by dots, sorted."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -234,11 +240,10 @@ def _checkpoint_directory(path: epath.Path) -> epath.Path:
     """Returns the directory of a run's newest checkpoint, or `path` where it is a checkpoint."""
     if path.parent.name == FOLDER:
         return path
-    folder = path / FOLDER
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    if not steps:
+    step = latest_step(path)
+    if step is None:
         raise FileNotFoundError(f"{path} holds a run without checkpoints and no {WEIGHTS}.")
-    return folder / str(max(steps))
+    return path / FOLDER / str(step)
 
 
 def _read_orbax(path: epath.Path) -> PyTree:

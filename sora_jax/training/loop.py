@@ -27,7 +27,7 @@ from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
 from sora_jax.training import run_directory
-from sora_jax.training.checkpoint import Checkpointer, check_shapes, load_model
+from sora_jax.training.checkpoint import Checkpointer, check_shapes, latest_step, load_model
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import (
     TrainState,
@@ -82,6 +82,7 @@ class _Run:
     checkpointer: Checkpointer
     telemetry: Telemetry
     batches: Batches
+    guard: PreemptionGuard
     best_loss: float
 
     def save(self, step: int, state: TrainState, held_out_loss: float | None = None) -> None:
@@ -133,8 +134,10 @@ def train(
     """
     workdir = epath.Path(workdir)
     console = console or rich.console.Console(stderr=True)
+    first_step = latest_step(workdir)
+    if first_step is not None:
+        run_directory.check_config(workdir, config, first_step)
     done = run_directory.done_step(workdir)
-    run_directory.check_config(workdir, config, done)
     if done is not None and config.num_steps <= done:
         return Outcome.ALREADY_FINISHED
 
@@ -145,39 +148,34 @@ def train(
     shardings = state_shardings(model, tx, config, mesh)
     start = _initial_params(config, init_from)
 
-    with contextlib.closing(open_batches(config.data.split, True)) as batches:
+    with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(PreemptionGuard())
+        batches = stack.enter_context(contextlib.closing(open_batches(config.data.split, True)))
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpointer = Checkpointer(
-            workdir, config.keep, track_best=bool(config.eval_every and config.data.eval_splits)
+        evaluates = bool(config.eval_every and config.data.eval_splits)
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep, evaluates)))
+        if first_step is not None:
+            state, places = checkpointer.restore(abstract_state(model, tx, config, shardings), first_step)
+            batches.set_state(places)
+        elif start is not None:
+            state = state_from_params(start, tx, shardings)
+        else:
+            state = init_state(model, tx, config, shardings)
+        if jax.process_index() == 0:
+            run_directory.write_config(workdir, config)
+            (workdir / "DONE").unlink(missing_ok=True)
+        telemetry = stack.enter_context(
+            contextlib.closing(Telemetry(workdir, first_step or 0, config.num_steps, console))
         )
-        try:
-            first_step = checkpointer.latest_step or 0
-            run_directory.check_config(workdir, config, first_step)
-            if first_step:
-                state, places = checkpointer.restore(abstract_state(model, tx, config, shardings))
-                batches.set_state(places)
-            elif start is not None:
-                state = state_from_params(start, tx, shardings)
-            else:
-                state = init_state(model, tx, config, shardings)
-            if jax.process_index() == 0:
-                run_directory.write_config(workdir, config)
-                (workdir / "DONE").unlink(missing_ok=True)
-            telemetry = Telemetry(workdir, first_step, config.num_steps, console)
-            try:
-                size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-                telemetry.say(
-                    f"{'continuing at' if first_step else 'starting at'} step {first_step} of {config.num_steps}: "
-                    f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
-                )
-                run = _Run(config, workdir, checkpointer, telemetry, batches, checkpointer.best_loss)
-                train_step = make_train_step(model, tx, config, mesh, shardings)
-                held_out = HeldOut(config, open_batches, mesh, make_eval_step(model, config, mesh, shardings.params))
-                return _steps(run, state, first_step, train_step, held_out, sample_sheet, mesh)
-            finally:
-                telemetry.close()
-        finally:
-            checkpointer.close()
+        size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        telemetry.say(
+            f"{'starting' if first_step is None else 'continuing'} at step {first_step or 0} of {config.num_steps}: "
+            f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
+        )
+        run = _Run(config, workdir, checkpointer, telemetry, batches, guard, checkpointer.best_loss)
+        train_step = make_train_step(model, tx, config, mesh, shardings)
+        held_out = HeldOut(config, open_batches, mesh, make_eval_step(model, config, mesh, shardings.params))
+        return _steps(run, state, first_step or 0, train_step, held_out, sample_sheet, mesh)
 
 
 def _steps(
@@ -194,55 +192,49 @@ def _steps(
     accumulation = config.optimizer.accumulation_steps
     split = rules.batch_sharding(mesh, stacked=True)
     rows = global_rows(config, accumulation, split)
-    stopwatch, pending, saved = Stopwatch(), [], first_step
-    with PreemptionGuard() as guard:
-        for step in range(first_step + 1, config.num_steps + 1):
-            with stopwatch.waiting():
-                local = [_next_batch(run.batches, config.data.split) for _ in range(accumulation)]
-            stacked = to_global(PackedBatch(*(np.stack(leaves) for leaves in zip(*local, strict=True))), split)
-            with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, stacked, rows)
-            pending.append(metrics)
-            if len(pending) > 1:  # the host stays at most two steps ahead of the devices
-                jax.block_until_ready(pending[-2]["loss"])
-            telemetry.advance(step)
+    stopwatch, pending = Stopwatch(), []
+    for step in range(first_step + 1, config.num_steps + 1):
+        with stopwatch.waiting():
+            local = [_next_batch(run.batches, config.data.split) for _ in range(accumulation)]
+        stacked = to_global(PackedBatch(*(np.stack(leaves) for leaves in zip(*local, strict=True))), split)
+        with jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, stacked, rows)
+        pending.append(metrics)
+        if len(pending) > 1:  # the host stays at most two steps ahead of the devices
+            jax.block_until_ready(pending[-2]["loss"])
+        telemetry.advance(step)
 
-            if step % config.log_every == 0 or step == config.num_steps:
-                fetched = jax.device_get(pending)
-                run.require_finite(state)
-                figures = interval_figures(
-                    fetched, stopwatch.elapsed(), stopwatch.waited, config, list(mesh.devices.flat)
-                )
-                telemetry.write(step, figures)
-                pending = []
-                stopwatch.restart()
-            stop = guard.reached(step)
-            last = step == config.num_steps
-            with stopwatch.apart():
-                loss = None
-                if config.eval_every and (step % config.eval_every == 0 or last) and not stop:
-                    losses = held_out.losses(state.ema_params)
-                    if losses:
-                        loss = float(np.mean(list(losses.values())))
-                        telemetry.write(step, {f"held_out_loss/{k}": v for k, v in losses.items()})
-                best = loss is not None and loss < run.best_loss
-                if step % config.save_every == 0 or last or stop or best:
-                    run.save(step, state, loss)
-                    saved = step
-                if best:
-                    run.best_loss = loss
-                if sample_sheet and config.sample_every and (step % config.sample_every == 0 or last) and not stop:
-                    _sample(run, step, state, sample_sheet)
-            if stop and not last:
-                run.checkpointer.wait()
-                telemetry.say(f"preempted at step {saved} of {config.num_steps}: saved; start again to continue")
-                return Outcome.PREEMPTED
-    if first_step == config.num_steps:  # killed between its last checkpoint and DONE
-        saved = first_step
+        if step % config.log_every == 0 or step == config.num_steps:
+            fetched = jax.device_get(pending)
+            run.require_finite(state)
+            figures = interval_figures(fetched, stopwatch.elapsed(), stopwatch.waited, config, list(mesh.devices.flat))
+            telemetry.write(step, figures)
+            pending = []
+            stopwatch.restart()
+        stop = run.guard.reached(step)
+        last = step == config.num_steps
+        with stopwatch.apart():
+            loss = None
+            if config.eval_every and (step % config.eval_every == 0 or last) and not stop:
+                losses = held_out.losses(state.ema_params)
+                if losses:
+                    loss = float(np.mean(list(losses.values())))
+                    telemetry.write(step, {f"held_out_loss/{k}": v for k, v in losses.items()})
+            best = loss is not None and loss < run.best_loss
+            if step % config.save_every == 0 or last or stop or best:
+                run.save(step, state, loss)
+            if best:
+                run.best_loss = loss
+            if sample_sheet and config.sample_every and (step % config.sample_every == 0 or last) and not stop:
+                _sample(run, step, state, sample_sheet)
+        if stop and not last:
+            run.checkpointer.wait()
+            telemetry.say(f"preempted at step {step} of {config.num_steps}: saved; start again to continue")
+            return Outcome.PREEMPTED
     run.checkpointer.wait()
     if jax.process_index() == 0:
-        run_directory.mark_done(run.workdir, saved)
-    telemetry.say(f"finished at step {saved}: {run.workdir}")
+        run_directory.mark_done(run.workdir, config.num_steps)
+    telemetry.say(f"finished at step {config.num_steps}: {run.workdir}")
     return Outcome.FINISHED
 
 

@@ -68,20 +68,18 @@ def write_atomically(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_step: int | None) -> None:
+def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_step: int) -> None:
     """Checks that a run may be continued with `config`.
 
     Args:
         directory: of the run.
         config: asked for now.
-        latest_step: of the run's newest checkpoint, None where there is none.
+        latest_step: of the run's newest checkpoint. (A run without one may be started anew with any config.)
 
     Raises:
         ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
             is below the step already reached; names the field and both values.
     """
-    if not (epath.Path(directory) / "config.json").exists():
-        return
     before = flatten(dataclasses.asdict(read_config(directory)))
     for name, value in flatten(dataclasses.asdict(config)).items():
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in CHANGEABLE)
@@ -90,7 +88,7 @@ def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_ste
                 f"{directory} holds a run with {name} = {before[name]!r}, now it is {value!r}: "
                 "restore the value or choose another --workdir."
             )
-    if latest_step is not None and config.num_steps < latest_step:
+    if config.num_steps < latest_step:
         raise ConfigChangedError(
             f"{directory} holds a run at step {latest_step}; num_steps must be at least that, got {config.num_steps}."
         )

@@ -240,9 +240,14 @@ def test_a_dead_worker_is_noticed_and_closing_leaves_none():
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from test_pipeline import pipeline
-rows = pipeline(num_workers=1)  # without a __main__ guard
-next(rows)
+from fake_source import FakeSource, caption_table
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data.pipeline import PackedPipeline
+data = DataConfig(row_length=64, long_side=(16, 16), num_workers=1, prefetch=1)
+source = FakeSource(4)
+rows = PackedPipeline(source, caption_table(source), data, PatchConfig(), repeat=True, max_clips=None,
+                      process_index=0, process_count=1)
+next(rows)  # without a __main__ guard
 print(rows._makers[0].process.pid, flush=True)
 if "sleep" in sys.argv:
     time.sleep(60)
@@ -261,7 +266,7 @@ def test_workers_leave_signals_to_the_main_process_and_end_with_it(tmp_path):
         os.kill(worker, 0)  # it is still there
         main.kill()
     wait_until_gone(worker)
-    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 0
     wait_until_gone(int(ended.stdout))
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tiny_run
 from PIL import Image
+from tiny_run import assert_same_runs
 
-from sora_jax.training import state as states
-from sora_jax.training.checkpoint import FOLDER, Checkpointer, load_model
+from sora_jax.training.checkpoint import FOLDER, load_model
 from sora_jax.training.loop import NonFiniteLossError, Outcome, train
-from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.run_directory import ConfigChangedError
 
 
@@ -32,24 +31,6 @@ class Hooked(tiny_run.RandomBatches):
 
 def hooked(config, hook):
     return lambda split, training: Hooked(config, hook)
-
-
-def whole_state(workdir, config):
-    """Returns all that the newest checkpoint holds."""
-    tx = make_optimizer(config.optimizer, config.num_steps)
-    shapes = jax.eval_shape(lambda: states.fresh_state(states.unboxed_params(states.build_model(config), config), tx))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
-    checkpointer = Checkpointer(workdir, keep=1)
-    state, data = checkpointer.restore(shapes)
-    checkpointer.close()
-    return state, data
-
-
-def assert_same_runs(a, b, config):
-    (state_a, data_a), (state_b, data_b) = whole_state(a, config), whole_state(b, config)
-    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
-    assert data_a == data_b
 
 
 def lines(workdir, key):
@@ -137,6 +118,17 @@ def test_another_config_in_the_same_directory_is_named(straight, changes, messag
     changed = tiny_run.config(**{"optimizer": {"accumulation_steps": 2}, **changes})
     with pytest.raises(ConfigChangedError, match=message):
         train(changed, workdir, tiny_run.opener(changed))
+
+
+def test_a_run_without_checkpoint_may_start_anew_with_another_config(tmp_path):
+    def fail(number, batch):
+        raise OSError("no data")
+
+    with pytest.raises(OSError, match="no data"):
+        train(tiny_run.CONFIG, tmp_path / "run", hooked(tiny_run.CONFIG, fail))
+    other = tiny_run.config(seed=1, num_steps=1)
+    assert train(other, tmp_path / "run", tiny_run.opener(other)) is Outcome.FINISHED
+    assert load_model(tmp_path / "run")[0] == other
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):

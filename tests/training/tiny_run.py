@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PatchConfig
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
+from sora_jax.training import state as states
+from sora_jax.training.checkpoint import Checkpointer
+from sora_jax.training.optimizer import make_optimizer
 
 CONFIG = ExperimentConfig(
     model=ModelConfig(width=16, depth=2, num_heads=2, mlp_dim=32, text_dim=8, frequency_dim=8, attention="xla"),
@@ -79,3 +83,24 @@ class RandomBatches:
 def opener(experiment, length=None):
     """Returns the `open_batches` of `sora_jax.training.loop.train`."""
     return lambda split, training: RandomBatches(experiment, len(split), None if training else 4)
+
+
+def whole_state(workdir, experiment):
+    """Returns all that the newest checkpoint of a run holds."""
+    tx = make_optimizer(experiment.optimizer, experiment.num_steps)
+    shapes = jax.eval_shape(
+        lambda: states.fresh_state(states.unboxed_params(states.build_model(experiment), experiment), tx)
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    checkpointer = Checkpointer(workdir, keep=1)
+    state, data = checkpointer.restore(shapes)
+    checkpointer.close()
+    return state, data
+
+
+def assert_same_runs(a, b, experiment):
+    """Compares the newest checkpoints of two runs bitwise: parameters, EMA, optimizer, step and place in the data."""
+    (state_a, data_a), (state_b, data_b) = whole_state(a, experiment), whole_state(b, experiment)
+    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+    assert data_a == data_b

@@ -1,0 +1,97 @@
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "experiments" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sora_nano", "--dry-run", "--model.widht", "64"], "--model.widht"),
+        (["sora_nano", "--dry-run", "--model.width", "65"], "divisor of width"),
+        (["sora_nano", "--dry-run", "--data.still-share", "2"], "still_share must be between 0 and 1"),
+        (["sora_nano", "--dry-run", "--flow.prediction", "noise"], "noise"),
+        (["nothing_like_it", "--dry-run"], "no config 'nothing_like_it': give one of"),
+        (["--dry-run"], "CONFIG comes first"),
+        (["sora_nano"], "--workdir is needed"),
+        (["sora_nano", "--workdir", "runs/x"], "--data.path is needed"),
+    ],
+)
+def test_unusable_command_lines(script, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", "no/such/data"], "'no/such/data' holds no prepared TFDS data set"),
+        (["--dry-run", "--mesh.fsdp", "3", "--data.batch-size", "6"], "cannot be split evenly"),
+        (["--dry-run", "--mesh.fsdp", "8"], "data.batch_size must be a multiple of the 8 devices"),
+    ],
+)
+def test_what_cannot_work_leaves_nothing_behind(script, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["sora_nano", "--workdir", "runs/x", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_examples(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "python experiments/train.py sora_nano --workdir" in shown
+    assert "--optimizer.learning-rate" in shown
+
+
+def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
+    (tmp_path / "large.py").write_text(
+        "import dataclasses\n"
+        "from sora_jax.config import DataConfig, ExperimentConfig, MeshConfig, PatchConfig\n"
+        "from sora_jax.models.sora import SORA_SIZES\n"
+        "def config():\n"
+        "    model = dataclasses.replace(SORA_SIZES['wan_14b'], attention='splash', remat='full')\n"
+        "    data = DataConfig(row_length=32768, text_length=2048, batch_size=64, num_shards=64)\n"
+        "    patch = PatchConfig(size=(1, 2, 2), channels=16)\n"
+        "    return ExperimentConfig(model=model, data=data, patch=patch, mesh=MeshConfig(data=-1, fsdp=32))\n"
+    )
+    arguments = [str(tmp_path / "large.py"), "--dry-run", "--json", str(tmp_path / "plan.json")]
+    assert script.main(arguments) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert set(plan) == {"num_params", "tokens_per_step", "flops_per_step", "mesh"}
+    assert 14.0e9 < plan["num_params"] < 14.6e9
+    assert plan["tokens_per_step"] == 64 * 32768
+    assert plan["mesh"] == {"data": 1, "fsdp": 32}
+    # Six operations a parameter and token, a third more for rematerialisation, and attention over whole rows.
+    products = 6 * plan["num_params"] * plan["tokens_per_step"]
+    attention = 12 * 40 * 5120 * 32768 * plan["tokens_per_step"]
+    assert 0.9 < plan["flops_per_step"] / ((products + attention) * 4 / 3) < 1.2
+    assert "14," in capsys.readouterr().out
+
+
+def test_a_config_file_must_have_a_function_config(script, capsys, tmp_path):
+    (tmp_path / "values.py").write_text("config = 3\n")
+    with pytest.raises(SystemExit) as stopped:
+        script.main([str(tmp_path / "values.py"), "--dry-run"])
+    assert stopped.value.code == 2
+    assert "must have a function `config() -> ExperimentConfig`" in capsys.readouterr().err
