@@ -118,6 +118,7 @@ def load_config(name: str) -> ExperimentConfig:
         raise ValueError(f"no config {name!r}: give one of {', '.join(config_names())} or the path of a Python file.")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses defined in the file look themselves up
     spec.loader.exec_module(module)
     config = module.config() if callable(getattr(module, "config", None)) else None
     if not isinstance(config, ExperimentConfig):

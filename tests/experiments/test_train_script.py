@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -11,8 +12,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 def script():
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "experiments" / "train.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[spec.name]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,267 @@
+import dataclasses
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, PatchConfig
+from sora_jax.data.captions import CaptionTable
+from sora_jax.data.packing import Shard
+from sora_jax.data.pipeline import PackedPipeline
+from sora_jax.data.records import ClipMetadata
+from sora_jax.patches.patchify import num_tokens
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))  # what Python does for a script
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("benchmark_script", EXPERIMENTS / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_script()
+packing, data = benchmark.packing, benchmark.data
+
+CONFIG = ExperimentConfig(
+    model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=3, frequency_dim=8),
+    patch=PatchConfig(size=(2, 8, 8)),
+    data=DataConfig(
+        path="clips", row_length=64, text_length=16, max_segments=8, max_caption_tokens=4, num_bins=8,
+        num_frames=(1, 4), long_side=(16, 32), batch_size=2, num_shards=2, num_workers=0, prefetch=1,
+    ),
+    num_steps=10,
+)  # fmt: skip
+
+
+class GreySource:
+    """Twenty clips, stills and longer ones, each of one grey; reading takes `pause` seconds."""
+
+    def __init__(self, pause=0.0):
+        rng = np.random.default_rng(0)
+        self.pause = pause
+        self.metadata = ClipMetadata(
+            clip_ids=np.arange(20),
+            num_frames=np.where(np.arange(20) % 3 == 0, 1, 24).astype(np.int32),
+            height=rng.integers(24, 40, 20).astype(np.int32),
+            width=rng.integers(24, 40, 20).astype(np.int32),
+            fps=np.full(20, 12, np.float32),
+            captions=[f"grey {i}" for i in range(20)],
+            names=[f"{i}.png" for i in range(20)],
+        )
+
+    def __len__(self):
+        return 20
+
+    def read_frames(self, index, frame_indices):
+        time.sleep(self.pause)
+        file = io.BytesIO()
+        Image.new("RGB", (int(self.metadata.width[index]), int(self.metadata.height[index])), (index,) * 3).save(
+            file, "PNG"
+        )
+        return [file.getvalue()] * len(frame_indices)
+
+
+def caption_table(source):
+    return CaptionTable.build(
+        source.metadata.captions, lambda texts: [np.ones((2 + len(text) % 2, 3), np.float32) for text in texts]
+    )
+
+
+@pytest.fixture
+def fake_data(monkeypatch):
+    def install(source):
+        for suite in (packing, data):
+            monkeypatch.setattr(suite, "load_config", lambda name: CONFIG)
+            monkeypatch.setattr(suite, "captions_of", lambda config, folder: caption_table(source))
+        monkeypatch.setattr(packing, "open_source", lambda path, split: source)
+        monkeypatch.setattr(
+            data,
+            "make_pipeline",
+            lambda d, patch, captions: PackedPipeline(
+                source, captions, d, patch, repeat=True, max_clips=None, process_index=0, process_count=1
+            ),
+        )
+
+    return install
+
+
+class SlotTrainer:
+    """Takes a second for each token of a batch, padding included, so that tokens a second are the share itself.
+
+    With dense attention a step takes twice as long.
+    """
+
+    num_devices = 1
+
+    def __init__(self, config):
+        pass
+
+    def step(self, config):
+        return config
+
+    def timed(self, config, batches):
+        (batch,) = batches
+        d = config.data
+        assert batch.patches.shape == (d.batch_size, d.row_length, CONFIG.patch.dim)
+        assert batch.text.shape[:2] == (d.batch_size, d.text_length)
+        assert batch.clip_ids.shape == (d.batch_size, d.max_segments)
+        assert ((batch.clip_ids >= 0).sum(axis=1) == (batch.segment_ids.max(axis=1))).all()
+        return batch.segment_ids.size * (2.0 if config.model.attention == "xla" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_buckets", "bounds"),
+    [
+        (range(1, 101), 4, [25, 50, 75, 100]),  # as many clips each: 6250 tokens, against 6683 with as many tokens each
+        ([40] * 6 + [60] * 4 + [100] * 2, 2, [60, 100]),  # as many tokens each: 800, against 840 with as many clips
+        ([7, 7, 7], 6, [7]),
+    ],
+)
+def test_bucket_bounds(sizes, num_buckets, bounds):
+    sizes = np.random.default_rng(0).permutation(np.array(sizes))
+    assert packing.bucket_bounds(sizes, num_buckets).tolist() == bounds
+
+
+def small_plan():
+    source = GreySource()
+    config = packing.scale_rows(packing.prepare(packing.PackingOptions()), CONFIG.data.row_length)
+    return packing.plan_rows(source, caption_table(source), config, 30), caption_table(source), config
+
+
+def test_every_method_gets_the_same_clips(fake_data):
+    fake_data(GreySource())
+    plan, captions, config = small_plan()
+    methods = packing.make_methods(plan, captions, config, num_devices=1, num_buckets=4)
+    clips = sorted(dataclasses.astuple(sample) for sample in plan.samples)
+    assert len(clips) > 60
+    for shapes in methods.values():
+        assert sorted(dataclasses.astuple(s) for shape in shapes for row in shape.rows for s in row) == clips
+        for shape in shapes:
+            for row in shape.rows:
+                tokens = sum(num_tokens(s.num_frames, s.height, s.width, CONFIG.patch.size) for s in row)
+                assert tokens <= shape.row_length
+            slots = CONFIG.data.batch_size * CONFIG.data.row_length
+            assert abs(shape.batch_size * shape.row_length - slots) <= shape.row_length / 2
+    assert [len(shapes) for shapes in methods.values()] == [1, 1, 4]
+
+
+def test_rows_are_divided_among_devices(fake_data):
+    fake_data(GreySource())
+    plan, captions, config = small_plan()
+    for shapes in packing.make_methods(plan, captions, config, num_devices=3, num_buckets=4).values():
+        assert all(shape.batch_size % 3 == 0 for shape in shapes if shape.max_segments == 1)
+
+
+def test_a_shape_is_weighted_by_its_batches_and_its_faster_kernel():
+    shape = packing.Shape([[]] * 30, 8, 4, 1, 5, {"xla": [9.0, 1.0, 2.0], "blockwise": [3.0, 3.0, 0.1]})
+    assert shape.kernel == "xla"
+    assert shape.total_seconds() == 30 / 5 * 2.0
+
+
+def test_packing_counts_every_token_and_every_slot(fake_data, monkeypatch, tmp_path, capsys):
+    fake_data(GreySource())
+    monkeypatch.setattr(packing, "Trainer", SlotTrainer)
+    monkeypatch.setattr(packing, "BLOCK", 0)  # so that padded rows may take the kernel that is faster here
+    path = tmp_path / "packing.json"
+    options = ["--row-lengths", "64", "128", "--rows", "40", "--num-steps", "2", "--num-buckets", "3"]
+    assert benchmark.main(["packing", *options, "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    rows = {(row["row_length"], row["method"]): row for row in figures["rows"]}
+    assert list(rows) == [(n, m) for n in (64, 128) for m in ("packed", "packed_dense", "padded", "buckets")]
+    assert figures["num_frames"] == [1, 24]
+    for (length, method), row in rows.items():
+        speed = row["real_tokens_per_second"] * (2 if method == "packed_dense" else 1)
+        assert speed == pytest.approx(row["real_token_share"])
+        assert row["ratio_to_padded"] == pytest.approx(
+            row["real_tokens_per_second"] / rows[length, "padded"]["real_tokens_per_second"]
+        )
+        assert row["num_dropped"] == 0
+    assert rows[64, "packed"]["real_token_share"] > rows[64, "buckets"]["real_token_share"]
+    assert rows[64, "buckets"]["real_token_share"] > rows[64, "padded"]["real_token_share"]
+    assert rows[64, "packed"]["attention"] == "blockwise"
+    assert rows[64, "packed_dense"]["attention"] == "xla"
+    assert rows[64, "packed"]["num_reduced"] > 0
+    shown = capsys.readouterr().out
+    assert "packed_dense" in shown
+    assert "a step takes 2.00 times as long" in shown
+
+
+def test_clips_larger_than_a_row_are_dropped_where_asked(fake_data, monkeypatch, tmp_path):
+    fake_data(GreySource())
+    monkeypatch.setattr(packing, "Trainer", SlotTrainer)
+    clips = packing.ClipOptions(oversize="skip")
+    figures = packing.run(packing.PackingOptions(data=clips, row_lengths=(32,), rows=10, num_steps=1, num_buckets=2))
+    assert {row["num_reduced"] for row in figures["rows"]} == {0}
+    assert min(row["num_dropped"] for row in figures["rows"]) > 0
+
+
+def test_the_real_step_is_timed(fake_data):
+    fake_data(GreySource())
+    options = packing.PackingOptions(row_lengths=(64,), rows=12, num_steps=1, num_buckets=2)
+    figures = packing.run(options)
+    assert [row["method"] for row in figures["rows"]] == ["packed", "packed_dense", "padded", "buckets"]
+    assert all(row["real_tokens_per_second"] > 0 for row in figures["rows"])
+
+
+def test_waiting_is_seen_and_is_not_work(fake_data, tmp_path, capsys):
+    fake_data(GreySource(pause=0.1))
+    path = tmp_path / "data.json"
+    assert benchmark.main(["data", "--num-steps", "2", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert 0.5 < figures["wait_share"] <= 1
+    assert 0 < figures["pipeline_cpus"] < 0.5  # it sleeps
+    assert figures["headroom"] == pytest.approx(
+        figures["pipeline_tokens_per_second"] / figures["step_tokens_per_second"]
+    )
+    # A batch has two rows of up to 64 tokens and at least two clips, each of which takes 0.1 s to read.
+    assert 0 < figures["pipeline_tokens_per_second"] < 128 / 0.2
+    assert "waiting for data" in capsys.readouterr().out
+
+
+def test_a_reader_counts_from_its_restart():
+    source = GreySource()
+    captions = caption_table(source)
+    first, second = (Shard(source, captions, CONFIG.data, CONFIG.patch, i, True, None) for i in range(2))
+    expected = [next(first), next(second)], [next(first), next(second)]
+    with PackedPipeline(
+        source, captions, CONFIG.data, CONFIG.patch, repeat=True, max_clips=None, process_index=0, process_count=1
+    ) as pipeline:
+        reader = data.Reader(pipeline)
+        reader.read(1)
+        reader.restart()
+        reader.read(1)
+        assert reader.tokens == 128
+        assert reader.real_tokens == sum((row.segment_ids > 0).sum() for row in expected[1])
+        assert 0 < reader.figures()["wait_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["packing", "--rows", "0"], "rows must be at least 1, got 0"),
+        (["packing", "--num-buckets", "1"], "num_buckets must be at least 2, got 1"),
+        (["packing", "--row-lengths", "0"], "row_lengths must be one or more positive numbers"),
+        (["packing", "--data.path", "nowhere"], "'nowhere' holds no prepared TFDS data set"),
+        (["packing"], "data.path is empty"),
+        (["packing", "--config", "sora_huge"], "no config 'sora_huge'"),
+        (["data", "--num-steps", "0"], "num_steps must be at least 1, got 0"),
+        (["data", "--data.path", "nowhere"], "'nowhere' holds no prepared TFDS data set"),
+        (["data", "--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
+    ],
+)
+def test_bad_input_is_named(argv, message, capsys):
+    try:
+        code = benchmark.main(argv)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
