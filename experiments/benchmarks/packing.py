@@ -341,7 +341,7 @@ def report(rows: list[dict[str, Any]], config: ExperimentConfig, options: Packin
     """Prints the table; returns what goes into the JSON file."""
     table = Table(title=f"{options.config} on {device_name()}, {options.rows:,} planned rows")
     for name in ("row length", "method", "attention", "real-token share", "real tokens/s", "to padded", "dropped"):
-        table.add_column(name, justify="left" if name in ("method", "attention") else "right")
+        table.add_column(name, justify="left" if name in ("method", "attention") else "right", no_wrap=name == "method")
     for row in rows:
         table.add_row(
             str(row["row_length"]),

@@ -6,7 +6,6 @@ real training step, kernels and collectives included, says how much memory a chi
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib.util
 import os
@@ -176,6 +175,13 @@ def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def count_collectives(program: str) -> dict[str, int]:
-    """Returns how often each kind of collective stands in a compiled program's text; one in two halves counts once."""
-    found = collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program))
-    return {kind: found[kind] for kind in COLLECTIVES}
+    """Returns how many collectives of each kind there are in a compiled program's text.
+
+    One that is cut into halves, or spread over several fusions to run beside computations, is one: it has one channel.
+    """
+    channels: dict[str, set[str]] = {kind: set() for kind in COLLECTIVES}
+    for instruction in program.splitlines():
+        if found := re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", instruction):
+            channel = re.search(r"channel_id=\d+", instruction)
+            channels[found[1]].add(channel[0] if channel else instruction)
+    return {kind: len(names) for kind, names in channels.items()}

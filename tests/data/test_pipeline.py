@@ -243,8 +243,8 @@ sys.path.insert(0, {folder!r})
 from fake_source import FakeSource, caption_table
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.pipeline import PackedPipeline
-data = DataConfig(row_length=64, long_side=(16, 16), num_workers=1, prefetch=1)
-source = FakeSource(4)
+data = DataConfig(row_length=64, num_bins=4, long_side=(16, 16), num_workers=1, prefetch=1)
+source = FakeSource()
 rows = PackedPipeline(source, caption_table(source), data, PatchConfig(), repeat=True, max_clips=None,
                       process_index=0, process_count=1)
 next(rows)  # without a __main__ guard
@@ -266,7 +266,7 @@ def test_workers_leave_signals_to_the_main_process_and_end_with_it(tmp_path):
         os.kill(worker, 0)  # it is still there
         main.kill()
     wait_until_gone(worker)
-    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=300)
     assert ended.returncode == 0
     wait_until_gone(int(ended.stdout))
 

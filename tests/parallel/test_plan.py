@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "experiments" / "plan_tpu.py"
 
 PROGRAM = """
-  %all-gather.1 = f32[8,4]{1,0} all-gather(%p), dimensions={0}
+  %all-gather.1 = f32[8,4]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  %all-gather.2 = f32[8,4]{1,0:S(1)} all-gather(%q), channel_id=1, dimensions={0}
+  %all-gather.3 = f32[8,4]{1,0} all-gather(%r), channel_id=12, dimensions={0}
   %start = (f32[4], f32[4]) all-reduce-start(%a), to_apply=%sum
   %done = f32[4] all-reduce-done(%start)
   %all-reduce.2 = f32[] all-reduce(%b), metadata={op_name="all-gather(x)"}
@@ -40,7 +42,7 @@ def run_script(*arguments):
 
 def test_collectives_are_counted_once_each():
     assert plan.count_collectives(PROGRAM) == {
-        "all-gather": 1,
+        "all-gather": 2,
         "all-reduce": 2,
         "reduce-scatter": 0,
         "all-to-all": 0,
@@ -117,7 +119,7 @@ class TestWithCompiler:
     def test_a_step_that_is_too_large_says_so(self):
         config = small_config(width=1024, depth=4, num_heads=8, mlp_dim=4096, attention="xla")
         data = dataclasses.replace(config.data, row_length=16384)
-        with pytest.raises(plan.OutOfMemoryError, match="does not fit TPU v5 lite: Used .*smaller data.batch_size"):
+        with pytest.raises(plan.OutOfMemoryError, match=r"does not fit TPU v5 lite: Used .*smaller data\.batch_size"):
             plan.plan_step(dataclasses.replace(config, data=data), "v5e:2x4")
 
     def test_the_script_writes_what_it_shows(self, tmp_path):

@@ -1,0 +1,47 @@
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.config import ExperimentConfig, ModelConfig, PatchConfig
+from sora_jax.training.checkpoint import export_model, load_model
+from sora_jax.training.state import build_model, unboxed_params
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
+CONFIG = ExperimentConfig(
+    model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=8, frequency_dim=8),
+    patch=PatchConfig(size=(1, 2, 2), channels=1),
+)
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module.main
+    del sys.modules[spec.name]
+
+
+def test_export_halves_a_model(main, tmp_path, capsys):
+    export_model(tmp_path / "full", CONFIG, unboxed_params(build_model(CONFIG), CONFIG))
+    source, output, table = (str(tmp_path / name) for name in ("full", "half", "table.json"))
+    command = ["export", "--source", source, "--output", output, "--storage-dtype", "bfloat16", "--json", table]
+    assert main(command) == 0
+    config, params = load_model(output)
+    assert config == CONFIG
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, load_model(source)[1])
+    sizes = json.loads(pathlib.Path(table).read_text())["files"]
+    assert sizes == {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_export_of_nothing(main, tmp_path, capsys):
+    assert main(["export", "--source", str(tmp_path / "no_run"), "--output", str(tmp_path / "out")]) == 1
+    assert "no run, checkpoint or exported model at" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
