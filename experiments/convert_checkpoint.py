@@ -68,7 +68,10 @@ class ExportCommand:
     def run(self) -> dict[str, Any]:
         """Writes the model and returns the size of each file."""
         output = epath.Path(self.output)
-        export_model(output, *load_model(self.source), storage_dtype=self.storage_dtype)
+        config, params = load_model(self.source)
+        # Where the data lay on the machine that trained the model means nothing elsewhere.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+        export_model(output, config, params, storage_dtype=self.storage_dtype)
         files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
         return {"output": self.output, "files": files}
 

@@ -171,7 +171,7 @@ def report(rows: list[dict[str, Any]], config: ExperimentConfig, options: DataOp
     """Prints the table; returns what goes into the JSON file."""
     table = Table(title=f"{options.config} on {device_name()}, {config.data.num_workers} data workers")
     table.add_column("")
-    for name in ("real tokens/s", "real-token share", "waiting for data", "processors in the pipeline"):
+    for name in ("real tokens/s", "real-token share", "waiting", "pipeline CPUs"):
         table.add_column(name, justify="right")
     for row in rows:
         waited, cpus = row.get("wait_share"), row.get("pipeline_cpus")
@@ -186,7 +186,7 @@ def report(rows: list[dict[str, Any]], config: ExperimentConfig, options: DataOp
     Console().print(table)
     pipeline, step, both = rows
     headroom = pipeline["real_tokens_per_second"] / step["real_tokens_per_second"]
-    print(f"alone, the pipeline makes {headroom:.1f} times the tokens that the step consumes")
+    print(f"alone, the pipeline makes {headroom:.2f} times the tokens that the step consumes")
     return {
         "rows": rows,
         "pipeline_tokens_per_second": pipeline["real_tokens_per_second"],
