@@ -45,7 +45,7 @@ def config() -> ExperimentConfig:
             width=48,
             fps=8.0,
             num_steps=20,
-            guidance_scale=2.0,
+            guidance_scale=1.5,
         ),
         num_steps=2800,
         eval_every=1000,
