@@ -14,6 +14,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sora_jax.config import ExperimentConfig
+from sora_jax.models.sora import GRID_FREQUENCIES
 from sora_jax.training import state, step
 from sora_jax.training.optimizer import make_optimizer
 
@@ -125,6 +126,8 @@ def forward_flops(
     m, patch_dim = config.model, config.patch.dim
     w = m.width
     a_token = 2 * 2 * patch_dim * w + m.depth * (2 * 4 * w * w + 2 * 2 * w * w + 2 * 2 * w * m.mlp_dim)
+    if m.grid_embedding:
+        a_token += 2 * 5 * GRID_FREQUENCIES * w
     a_text_token = 2 * (m.text_dim * w + w * w) + m.depth * 2 * 2 * w * w
     a_clip = 2 * (m.frequency_dim * w + w * w + 6 * w * w)
     a_pair = m.depth * 2 * 2 * w
