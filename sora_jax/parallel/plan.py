@@ -107,8 +107,8 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used \S+ of \S+ \w+", str(error))
-        reason = used.group() if used else str(error).splitlines()[0]
+        sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
+        reason = f"it needs {sizes[1]} of {sizes[2]}" if sizes else str(error).splitlines()[0]
         raise OutOfMemoryError(
             f"a step does not fit {devices[0].device_kind}: {reason}. A smaller data.batch_size or data.row_length, "
             "a larger mesh.fsdp or model.remat full needs less."
