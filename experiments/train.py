@@ -249,6 +249,18 @@ def attention_for(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
     return splash_attention(mesh)
 
 
+def without_missing_splits(config: ExperimentConfig, console: rich.console.Console) -> ExperimentConfig:
+    """Returns the config without the held-out splits that the data set does not have, and says which these are."""
+    from sora_jax.data.sources import split_names
+
+    there = split_names(config.data.path)
+    missing = [split for split in config.data.eval_splits if split not in there]
+    if missing:
+        console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)
+    kept = tuple(split for split in config.data.eval_splits if split in there)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
+
+
 def run(arguments: Arguments) -> int:
     """Trains; returns the exit code."""
     if arguments.multihost:
@@ -256,8 +268,8 @@ def run(arguments: Arguments) -> int:
     from sora_jax.training import run_directory
     from sora_jax.training.loop import Outcome, train
 
-    config = arguments.config
     console = rich.console.Console(stderr=True)
+    config = without_missing_splits(arguments.config, console)
     workdir = epath.Path(arguments.workdir)
     done = run_directory.done_step(workdir)
     if done is None or config.num_steps > done:

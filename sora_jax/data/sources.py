@@ -101,6 +101,11 @@ def open_source(path: str, split: str = "train") -> ClipSource:
     return ClipSource(path, split)
 
 
+def split_names(path: str) -> list[str]:
+    """Returns the names of the splits of a prepared data set; ValueError where there is none at `path`."""
+    return list(_read_splits(str(find_dataset(path))))
+
+
 def find_dataset(path: str) -> epath.Path:
     """Returns the directory of the TFDS data set at `path`, or of the only one below it (`<name>/<version>`).
 

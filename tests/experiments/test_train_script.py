@@ -4,6 +4,9 @@ import pathlib
 import sys
 
 import pytest
+import rich.console
+
+from sora_jax.config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -98,3 +101,10 @@ def test_a_config_file_must_have_a_function_config(script, capsys, tmp_path):
         script.main([str(tmp_path / "values.py"), "--dry-run"])
     assert stopped.value.code == 2
     assert "must have a function `config() -> ExperimentConfig`" in capsys.readouterr().err
+
+
+def test_held_out_splits_that_the_data_lacks_are_left_out_and_named(script, capsys, monkeypatch):
+    monkeypatch.setattr("sora_jax.data.sources.split_names", lambda path: ["train", "unseen"])
+    config = script.without_missing_splits(ExperimentConfig(), rich.console.Console(stderr=True))
+    assert config.data.eval_splits == ("unseen",)
+    assert "no held-out loss of compositional: the data set has train, unseen" in capsys.readouterr().err
