@@ -3,7 +3,12 @@
     python experiments/prepare_data.py fluent-emoji --output data
     python experiments/train.py sora_emoji --data.path data/fluent_emoji/1.0.0 --workdir runs/sora_emoji
 
-It learns 64 clips by heart rather than to generalise. Patches of 2x8x8 pixels have more values (384) than the model
+It learns 64 clips by heart rather than to generalise: 2800 steps, about 40 minutes on two busy CPU cores. Of 32 of
+its captions, sampled at guidance 2, the nearest training clip was the prompted one for 46.9%:
+
+    python experiments/evaluate.py nearest --data.path data/fluent_emoji/1.0.0 --weights WHEEL --guidance-scale 2
+
+ Patches of 2x8x8 pixels have more values (384) than the model
 is wide, so it predicts the clean patch (arXiv:2511.13720), not the velocity.
 """
 
