@@ -8,8 +8,8 @@ its captions, sampled at guidance 2, the nearest training clip was the prompted 
 
     python experiments/evaluate.py nearest --data.path data/fluent_emoji/1.0.0 --weights WHEEL --guidance-scale 2
 
- Patches of 2x8x8 pixels have more values (384) than the model
-is wide, so it predicts the clean patch (arXiv:2511.13720), not the velocity.
+Patches of 2x8x8 pixels have more values (384) than the model is wide, so it predicts the clean patch
+(arXiv:2511.13720), not the velocity.
 """
 
 from sora_jax.config import (
