@@ -39,7 +39,7 @@ from sora_jax.patches.segments import segment_extent
 # Noise levels in [0, 1] are embedded as the timesteps in [0, 1000] that the open models were trained with.
 TIMESTEPS = 1000.0
 
-# Of the grid embedding: each coordinate is embedded with wavelengths from 2 pi / 8 to about 8 patches (or clips).
+# Of the grid embedding: 32 values a coordinate, cosines and sines of 16 wavelengths from 2 pi to about 470.
 GRID_FREQUENCIES = 32
 GRID_PERIOD = 100.0
 
