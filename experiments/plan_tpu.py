@@ -24,7 +24,7 @@ import tyro
 from train import config_names, load_config
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.parallel.plan import GIB, MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
+from sora_jax.training.plan import GIB, MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
 
 
 @dataclasses.dataclass(frozen=True)

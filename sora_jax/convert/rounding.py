@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.models.text.quantize import dequantize, quantize
+from sora_jax.models.quantize import dequantize, quantize
 
 
 def compensated_rounding(

@@ -126,11 +126,7 @@ class Shard(Iterator[PackedBatch]):
         self._misses += 1
         if self._repeat and self._misses >= MOST_MISSES:
             reasons = ", ".join(sorted({reason for _, reason in self.skipped}))
-            raise ValueError(
-                f"{self._misses} samples in a row were left out ({reasons}); raise data.row_length "
-                f"({self._data.row_length}) or data.text_length ({self._data.text_length}), lower data.num_frames "
-                f"{self._data.num_frames} or data.long_side {self._data.long_side}, or set data.oversize to 'resize'."
-            )
+            raise ValueError(f"{self._misses} samples in a row were left out ({reasons}); {how_to_fit(self._data)}")
 
     def next_plan(self) -> list[Sample]:
         """Returns the samples of the next row; StopIteration where the epoch has ended."""
@@ -180,6 +176,14 @@ class Shard(Iterator[PackedBatch]):
         """Goes to a place that `get_state` returned."""
         if self._rows is not None:
             self._rows.set_state(state)
+
+
+def how_to_fit(data: DataConfig) -> str:
+    """Returns what to change where no clip fits a row."""
+    return (
+        f"raise data.row_length ({data.row_length}) or data.text_length ({data.text_length}), lower data.num_frames "
+        f"{data.num_frames} or data.long_side {data.long_side}, or set data.oversize to 'resize'."
+    )
 
 
 def row_budgets(data: DataConfig, patch: PatchConfig, captions: CaptionTable) -> dict[str, int]:

@@ -19,7 +19,7 @@ from typing import Any
 from sora_jax.array_types import PackedBatch
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
-from sora_jax.data.packing import Shard, row_budgets
+from sora_jax.data.packing import Shard, how_to_fit, row_budgets
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
@@ -142,6 +142,21 @@ class PackedPipeline(Iterator[PackedBatch]):
                 maker.close()
         self._makers = {}
 
+    def summary(self) -> str:
+        """Returns what this host has been given so far, and what was left out and why, in a line."""
+        stats = self.statistics
+        text = f"{stats.rows:,} rows of {stats.clips:,} clips, {stats.real_token_share:.2%} of their tokens real"
+        if stats.num_reduced:
+            text += f"; {stats.num_reduced:,} samples made smaller to fit a row"
+        reasons = collections.Counter()
+        for (_, reason), count in stats.skipped.items():
+            reasons[reason] += count
+        for reason, count in reasons.most_common():
+            names = sorted(name for name, why in stats.skipped if why == reason)
+            text += f"; {count:,} samples of {len(names):,} clips left out ({reason}: {', '.join(names[:3])}"
+            text += ", ...)" if len(names) > 3 else ")"
+        return text
+
     def __enter__(self) -> PackedPipeline:
         return self
 
@@ -188,11 +203,7 @@ class PackedPipeline(Iterator[PackedBatch]):
         if not self._num_clips:
             raise ValueError("the split has no clips; choose another one or prepare the data again.")
         reasons = ", ".join(sorted({reason for _, reason in self.statistics.skipped})) or "they belong to other hosts"
-        raise ValueError(
-            f"none of {self._num_clips} clips gives a row ({reasons}); raise data.row_length "
-            f"({self._data.row_length}) or data.text_length ({self._data.text_length}), lower data.num_frames "
-            f"{self._data.num_frames} or data.long_side {self._data.long_side}, or set data.oversize to 'resize'."
-        )
+        raise ValueError(f"none of {self._num_clips} clips gives a row ({reasons}); {how_to_fit(self._data)}")
 
 
 def make_pipeline(

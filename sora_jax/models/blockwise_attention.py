@@ -16,7 +16,7 @@ from jax import lax
 
 from sora_jax.array_types import Array, Float, Int
 
-BLOCK = 128
+BLOCK = 64
 _LOWEST = jnp.finfo(jnp.float32).min
 
 

@@ -16,17 +16,21 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
+from sora_jax.models.quantize import dequantize_tensors, quantize_tensors
 from sora_jax.training.run_directory import read_config, write_config
 from sora_jax.training.state import TrainState, abstract_params
 
 FOLDER = "checkpoints"
 WEIGHTS = "model.safetensors"
-STORAGE_DTYPES = ("float32", "bfloat16", "float16")
-_DTYPES = {"F32": np.dtype("float32"), "BF16": jax.numpy.dtype("bfloat16"), "F16": np.dtype("float16")}
+STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
+_DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
+INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
 
 
 class Checkpointer:
@@ -194,20 +198,26 @@ def export_model(
         path: directory; made if needed.
         config: of the model.
         params: float32.
-        storage_dtype: of the numbers in the file, `float32`, `bfloat16` or `float16`; reading gives float32 again.
+        storage_dtype: of the numbers in the file, `float32`, `bfloat16`, `float16`, or `int8`, which stores kernels in
+            8 bits with a scale for each 64 numbers (`sora_jax.models.quantize`) and the rest as float32. Reading
+            gives float32 again.
 
     Raises:
-        ValueError: an unknown `storage_dtype`, parameters that are not those of `config`, or one that `float16`
-            cannot hold.
+        ValueError: an unknown `storage_dtype`, parameters that are not those of `config`, or one that it cannot hold.
     """
     if storage_dtype not in STORAGE_DTYPES:
         raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_DTYPES)}, got {storage_dtype!r}.")
     check_shapes(params, abstract_params(config), "the model to export")
-    tensors = {}
-    for name, leaf in flat_names(params).items():
-        with np.errstate(over="ignore"):
-            tensors[name] = np.asarray(leaf).astype(jax.numpy.dtype(storage_dtype))
-        if not np.isfinite(tensors[name]).all():
+    values = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
+    with np.errstate(over="ignore", invalid="ignore"):
+        if storage_dtype == "int8":
+            kernels = [name for name in values if name.endswith(".kernel") and values[name].shape[-1] % 8 == 0]
+            groups = {name: math.gcd(values[name].shape[-1], INT8_GROUP) for name in kernels}
+            tensors = quantize_tensors(values, {name: (8, group) for name, group in groups.items()})
+        else:
+            tensors = {name: value.astype(jax.numpy.dtype(storage_dtype)) for name, value in values.items()}
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
             raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -223,17 +233,15 @@ def _read_safetensors(path: epath.Path) -> PyTree:
         tensors = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    params: dict[str, Any] = {}
+    stored = {}
     for name, tensor in tensors:
         if tensor["dtype"] not in _DTYPES:
             raise ValueError(f"{path}: {name} has dtype {tensor['dtype']}; this reads {', '.join(_DTYPES)}.")
-        *parents, last = name.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        values = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-        node[last] = values.astype(np.float32)
-    return params
+        stored[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    try:
+        return traverse_util.unflatten_dict(dequantize_tensors(stored), sep=".")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _checkpoint_directory(path: epath.Path) -> epath.Path:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sora_jax.convert.rounding import compensated_rounding
-from sora_jax.models.text.quantize import dequantize, quantize
+from sora_jax.models.quantize import dequantize, quantize
 
 
 def test_products_are_closer_than_with_nearest_rounding():

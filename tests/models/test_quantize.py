@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sora_jax.models.text.quantize import (
+from sora_jax.models.quantize import (
     dequantize,
     dequantize_tensors,
     pack_bits,

@@ -4,6 +4,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_run
 
 from sora_jax.config import to_json
@@ -130,6 +131,24 @@ def test_export_in_half_the_size(tmp_path, state, dtype, precision):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=precision, atol=1e-6), params, state.params)
 
 
+def test_export_of_kernels_in_eight_bits(tmp_path, state):
+    params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).standard_normal(x.shape), state.params)
+    export_model(tmp_path, CONFIG, params, "int8")
+    stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    # A row of 32 numbers in a group of its own; a row of 4 (the patch) fills no eight codes and stays as it is.
+    assert stored["blocks.mlp.mlp.fc1.kernel.codes8"].shape == (2, 16, 1, 32)
+    assert stored["blocks.mlp.mlp.fc1.kernel.scale"].shape == (2, 16, 1)
+    assert stored["head.kernel"].dtype == stored["blocks.modulation"].dtype == np.float32
+    read, exact = flat_names(load_model(tmp_path)[1]), flat_names(params)
+    assert all(leaf.dtype == np.float32 for leaf in read.values())
+    for name, value in exact.items():
+        if f"{name}.codes8" in stored:  # half a step of the grid, and what float16 rounds the scale by
+            bound = 0.51 / 127 * np.abs(value).max(axis=-1, keepdims=True) + 1e-7
+            assert (np.abs(read[name] - value) <= bound).all() and (read[name] != value).any()
+        else:
+            np.testing.assert_array_equal(read[name], value.astype(np.float32))
+
+
 def test_bad_models_are_named(tmp_path, state):
     with pytest.raises(FileNotFoundError, match="no run, checkpoint or exported model at"):
         load_model(tmp_path / "nothing")
@@ -150,6 +169,9 @@ def test_bad_models_are_named(tmp_path, state):
     huge = jax.tree.map(lambda x: x * 1e6, state.params)
     with pytest.raises(ValueError, match="cannot be stored as float16"):
         export_model(tmp_path / "part", CONFIG, huge, "float16")
+    infinite = jax.tree.map(lambda x: np.full_like(x, np.inf), state.params)
+    with pytest.raises(ValueError, match=r"parameter \S+ cannot be stored as int8"):
+        export_model(tmp_path / "part", CONFIG, infinite, "int8")
 
     export_model(tmp_path / "exported", CONFIG, state.params)
     text = json.loads((tmp_path / "exported" / "config.json").read_text())

@@ -28,7 +28,7 @@ from sora_jax.array_types import Array, Bool, Float, Int, NumpyArray, PyTree
 from sora_jax.config import check, from_json
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import dense, layer_norm
-from sora_jax.models.text.quantize import dequantize_tensors
+from sora_jax.models.quantize import dequantize_tensors
 
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
 

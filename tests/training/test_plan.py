@@ -10,8 +10,8 @@ import pytest
 
 from sora_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
 from sora_jax.models.sora import SORA_SIZES
-from sora_jax.parallel import plan
 from sora_jax.parallel.mesh import make_mesh
+from sora_jax.training import plan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "experiments" / "plan_tpu.py"
