@@ -53,6 +53,9 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a place, which may hold the parts of other hosts too."""
 
+    def summary(self) -> str:
+        """Returns what was given so far, and what was left out and why, in a line."""
+
     def close(self) -> None:
         """Ends its processes."""
 
@@ -229,11 +232,13 @@ def _steps(
                 _sample(run, step, state, sample_sheet)
         if stop and not last:
             run.checkpointer.wait()
+            telemetry.say(f"data since step {first_step}: {run.batches.summary()}")
             telemetry.say(f"preempted at step {step} of {config.num_steps}: saved; start again to continue")
             return Outcome.PREEMPTED
     run.checkpointer.wait()
     if jax.process_index() == 0:
         run_directory.mark_done(run.workdir, config.num_steps)
+    telemetry.say(f"data since step {first_step}: {run.batches.summary()}")
     telemetry.say(f"finished at step {config.num_steps}: {run.workdir}")
     return Outcome.FINISHED
 

@@ -141,6 +141,7 @@ def test_statistics_count_what_was_given():
     assert rows.statistics.real_token_share == real / (5 * 4 * 512)
     assert rows.statistics.clips == sum(int((b.clip_ids >= 0).sum()) for b in batches)
     assert rows.statistics.rows == 20
+    assert rows.summary() == f"20 rows of {rows.statistics.clips} clips, {real / (20 * 512):.2%} of their tokens real"
 
 
 @pytest.mark.parametrize(("row_length", "share"), [(1024, 0.98), (2048, 0.99)])
@@ -166,6 +167,9 @@ def test_what_is_left_out_is_counted_named_and_said(caplog):
     assert {reason for _, reason in rows.statistics.skipped} == {"more patches than a row of data.row_length has"}
     assert sum("clip-1.webp" in message for message in caplog.messages) == 1
     assert rows.statistics.num_reduced == 0
+    samples, clips = sum(rows.statistics.skipped.values()), len(rows.statistics.skipped)
+    assert f"; {samples} samples of {clips} clips left out (more patches than a row" in rows.summary()
+    assert "data.row_length has: clip-1.webp, clip-10.webp, clip-11.webp, ...)" in rows.summary()
 
 
 def test_what_is_made_smaller_is_counted_and_said(caplog):
@@ -174,6 +178,7 @@ def test_what_is_made_smaller_is_counted_and_said(caplog):
     assert {i % 4 for b in batches for i in b.clip_ids.ravel() if i >= 0} == {0, 1, 2, 3}
     assert not rows.statistics.skipped
     assert 0 < rows.statistics.num_reduced
+    assert rows.summary().endswith(f"; {rows.statistics.num_reduced} samples made smaller to fit a row")
     assert len([m for m in caplog.messages if "made smaller" in m]) == 1
 
 

@@ -76,6 +76,9 @@ class RandomBatches:
     def set_state(self, state):
         self.index = state["index"]
 
+    def summary(self):
+        return f"{self.index} batches"
+
     def close(self):
         pass
 
