@@ -68,7 +68,7 @@ class NearestOptions:
         frames_per_clip: evenly spaced frames of each candidate that a sample's frames are matched with.
         num_steps: of the sampler (default: the model's sample settings).
         guidance_scale: of classifier-free guidance (default: the model's sample settings).
-        sampler: of order one, or of order two at twice the cost.
+        sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps.
         seed: chooses the captions and the noise.
         output: directory of `nearest.png`: each prompted clip beside its sample.
         json: also write the table's figures to this file.
@@ -84,7 +84,7 @@ class NearestOptions:
     frames_per_clip: int = 8
     num_steps: int | None = None
     guidance_scale: float | None = None
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "dpm++", "dpm++sde", "unipc", "ancestral"] = "euler"
     seed: int = 0
     output: str = "outputs/evaluate"
     json: Path | None = None

@@ -39,7 +39,7 @@ class GenerateOptions:
         num_steps: steps of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
         seed: prompt i has the seed `seed` + i.
-        sampler: of order one, or of order two at twice the cost.
+        sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps.
         output: directory of the files.
         checkpoint: a run directory or an exported model (default: the released model).
         scale: whole factor that pixels are enlarged by in the files (default: to a long side of at least 256).
@@ -55,7 +55,7 @@ class GenerateOptions:
     num_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "dpm++", "dpm++sde", "unipc", "ancestral"] = "euler"
     output: str = "outputs/generate"
     checkpoint: str | None = None
     scale: int | None = None

@@ -3,12 +3,10 @@
 (1)  x_t = (1 - t) x_0 + t eps                         the path
 (2)  v   = d x_t / d t = eps - x_0                     its velocity
 (3)  v   = (x_t - x_0) / t                             from (1) and (2)
-(4)  t   = sigmoid(mean + std * n),  n ~ N(0, 1)       logit-normal times
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Float
@@ -48,8 +46,3 @@ def to_velocity(
     if config.prediction == "velocity":
         return output
     return (xt - output) / jnp.maximum(t, config.min_time)[..., None]
-
-
-def logit_normal_times(key: jax.Array, shape: tuple[int, ...], config: FlowConfig) -> Float[Array, "..."]:
-    """Draws times in (0, 1) by equation 4, float32."""
-    return jax.nn.sigmoid(config.time_mean + config.time_std * jax.random.normal(key, shape))

@@ -1,19 +1,130 @@
-"""Guidance, as wrappers of denoise functions."""
+"""Guidance, as wrappers of networks (functions of (x, time)) and of denoise functions.
+
+(1)  f = f_null + scale (f_text - f_null)                                      arXiv:2207.12598, Eq. 6, scale = 1 + w
+(2)  f = f_text where time lies outside an interval                            arXiv:2404.07724, Eq. 6
+(3)  f' = share std(f_text) / std(f) f + (1 - share) f                         arXiv:2305.08891, Eq. 15-16
+(4)  p~(x_s | x_t) ~ p(x_s | x_t) r(x_s):  mean~ = mean + variance d log r / d x
+                                                                    arXiv:1503.03585, section 2.5, Eq. 15-20
+
+(1) and (2) may be applied to any prediction, since these are linear in each other at a given x.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
 from sora_jax.array_types import Array
-from sora_jax.diffusion.samplers import Denoise
+from sora_jax.diffusion.gaussian import Levels, expand, posterior
+from sora_jax.diffusion.samplers import Denoise, Network
 
 
-def classifier_free(conditional: Denoise, unconditional: Denoise, scale: float | Array) -> Denoise:
-    """Returns a denoise function that moves `scale` times from the unconditional to the conditional velocity.
+def classifier_free(conditional: Network, unconditional: Network, scale: float | Array) -> Network:
+    """Returns the network of equation 1; a scale of 1 is no guidance."""
 
-    v = v_null + scale (v_text - v_null), which is arXiv:2207.12598, Eq. 6 with scale = 1 + w: 1 is no guidance.
+    def network(x: Array, time: Array) -> Array:
+        null = unconditional(x, time)
+        return null + scale * (conditional(x, time) - null)
+
+    return network
+
+
+def limited_interval(guided: Network, conditional: Network, low: float, high: float) -> Network:
+    """Returns the network that is guided only at times in [low, high] (equation 2).
+
+    Raises:
+        ValueError: an empty interval.
+    """
+    if not low <= high:
+        raise ValueError(f"the interval must have low <= high, got ({low}, {high}).")
+
+    def network(x: Array, time: Array) -> Array:
+        inside = expand((time >= low) & (time <= high), x)
+        return jnp.where(inside, guided(x, time), conditional(x, time))
+
+    return network
+
+
+def sample_std(x: Array) -> Array:
+    """Returns the standard deviation of each sample of a batch, over all axes but the first, which stay as ones."""
+    return x.std(axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
+def rescaled(
+    guided: Network, conditional: Network, share: float, std: Callable[[Array], Array] = sample_std
+) -> Network:
+    """Returns the guided network brought back to the conditional one's contrast (equation 3).
+
+    Args:
+        guided: by a large scale.
+        conditional: without guidance.
+        share: in [0, 1]; 0 changes nothing, the paper takes 0.7.
+        std: of a prediction, broadcast against it. Rows that hold several clips need one that is taken over segments.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}.")
+
+    def network(x: Array, time: Array) -> Array:
+        output = guided(x, time)
+        factor = std(conditional(x, time)) / std(output)
+        return output * (share * factor + 1 - share)
+
+    return network
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplied:
+    """The reverse chain of p(x) r(x), for a chain that samples p(x) (equation 4): posteriors without retraining.
+
+    Noise is that of the posterior (`small`). r is evaluated at each noise level as if x were clean, as in the paper.
+
+    Attributes:
+        log_r_gradient: d log r / d x at a state, of its shape.
     """
 
-    def denoise(x: Array, t: Array) -> Array:
-        null = unconditional(x, t)
-        return null + scale * (conditional(x, t) - null)
+    log_r_gradient: Callable[[Array], Array]
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
 
-    return denoise
+    def start(self, x: Array, level: Levels) -> tuple[()]:
+        """Remembers nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: Any, now: Levels, to: Levels, index: Array, noise: Array
+    ) -> tuple[Array, Any]:
+        """Draws x at the level `to`; the step onto clean data takes the mean alone."""
+        said, q = denoise(x, now), posterior(now, to)
+        mean = expand(q.xt, x) * x + expand(q.x0, x) * said.x0
+        moved = mean + expand(q.variance, x) * self.log_r_gradient(mean)
+        return moved + expand(jnp.sqrt(q.variance), x) * noise, ()
+
+
+def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Levels], Array]) -> Denoise:
+    """Returns a denoise function around known values: r(x) is a delta there (arXiv:1503.03585, section 2.5.3).
+
+    What is known is put into the state at its noise level before the network sees it, and is told as clean, so any
+    sampler ends with it. The rest sees it through noise alone, so it follows it less than the true conditional does;
+    a network trained with clean patches beside noisy ones (`SoraTransformer`) has no need of this.
+
+    Args:
+        denoise: of the network.
+        known: the clean values, of the shape of x; anything where they are not known.
+        mask: true where they are known, broadcast against x.
+        noise: standard normal of the shape of x, for a level.
+    """
+
+    def wrapped(x: Array, level: Levels) -> Any:
+        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
+        fresh = noise(level)
+        x = jnp.where(mask, alpha * known + sigma * fresh, x)
+        said = denoise(x, level)
+        return said._replace(x0=jnp.where(mask, known, said.x0), noise=jnp.where(mask, fresh, said.noise))
+
+    return wrapped

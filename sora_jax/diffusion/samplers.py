@@ -1,79 +1,429 @@
-"""Integrating dx / dt = v(x, t) from noise (t = 1) to data (t = 0).
+"""Samplers: from noise to data along falling noise levels, one scan of one pure step.
 
-    (1)  Euler (order 1)   x' = x + h v(x, t)
-    (2)  Heun (order 2)    x' = x + h / 2 (v(x, t) + v(x + h v(x, t), t + h))
+A level is (alpha, sigma) with x = alpha x_0 + sigma eps (`sora_jax.diffusion.gaussian`), lambda = log(alpha / sigma).
+With x_0 and eps as the network tells them at the level t, and s the next one:
 
-with h = t' - t < 0. A step is a pure function; a run of steps is one scan. `denoise(x, t)` returns the velocity at
-a scalar time; how time is shared out among tokens is its own affair.
+(1)  ancestral   x_s ~ q(x_s | x_t, x_0)                                              arXiv:2006.11239, Algorithm 2
+(2)  DDIM        x_s = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps + c z,  c^2 = eta^2 Var q(x_s | x_t, x_0)
+                                                                                      arXiv:2010.02502, Eq. 12
+(3)  Heun        y_s = y_t + (d_t + d_s) / 2,  y = x / unit,
+                 d = (change of alpha / unit) x_0 + (change of sigma / unit) eps      arXiv:2206.00364, Algorithm 1
+(4)  DPM-Solver++(2M)      x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D,  h = lambda_s - lambda_t,
+                 D = x_0 + h / (2 h_before) (x_0 - x_0 before)                        arXiv:2211.01095, Algorithm 2
+     SDE form    x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
+(5)  UniPC-2     (4) corrected, once x_0 is known at the level it led to              arXiv:2302.04867, Algorithm 5-8
+
+Deterministic DDIM is Euler's method: for a flow x_s = x_t + (s - t)(eps - x_0), so `euler` is its name here too.
+
+`denoise(x, level)` says what is clean and what is noise; how it comes by that (parameterisation, guidance, clipping)
+is its own affair. Levels may differ from token to token, with axes that are the first axes of x; a token whose level
+does not change stays as it is, which is how prompts, of level (1, 0), are sampled around.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sora_jax.array_types import Array, Float
-
-Denoise = Callable[[Array, Array], Array]
-Step = Callable[[Denoise, Array, Array, Array], Array]
+from sora_jax.array_types import Array, Float, Int
+from sora_jax.diffusion.gaussian import Levels, Prediction, expand, learned_log_variance, posterior, to_x0_and_noise
 
 
-def flow_times(num_steps: int, shift: float = 1.0) -> Float[np.ndarray, " times"]:
-    """Returns num_steps + 1 times falling from 1 to 0, float32.
+class Denoised(NamedTuple):
+    """What a network says of x at a level.
+
+    Attributes:
+        x0: the clean data.
+        noise: eps, so that x = alpha x0 + sigma noise.
+        range: where the network learns the variance, v of `gaussian.learned_log_variance`.
+    """
+
+    x0: Array
+    noise: Array
+    range: Array | None = None
+
+
+Denoise = Callable[[Array, Levels], Denoised]
+Network = Callable[[Array, Array], Array]
+
+
+def denoiser(
+    network: Network,
+    prediction: Prediction,
+    clip: tuple[float, float] | None = None,
+    learned_range: bool = False,
+) -> Denoise:
+    """Returns the denoise function of a network.
 
     Args:
-        num_steps: steps of the sampler.
-        shift: 1 spaces them evenly; t -> shift t / (1 + (shift - 1) t) spends more steps on noise where it is
-            above 1 (arXiv:2403.03206, Eq. 23).
-
-    Raises:
-        ValueError: fewer than one step, or a shift that is not positive.
+        network: maps (x, time), time of the level's shape, to its output.
+        prediction: what it predicts.
+        clip: bounds of the clean data; x0 is clipped to them and the noise follows.
+        learned_range: the last axis of the output is twice that of x: the prediction, then the variance's place
+            between its bounds, in [-1, 1] (arXiv:2102.09672, section 3.1).
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, got {shift}.")
-    t = np.linspace(1.0, 0.0, num_steps + 1)
-    return (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
+
+    def denoise(x: Array, level: Levels) -> Denoised:
+        output, v = network(x, level.time), None
+        if learned_range:
+            output, v = jnp.split(output, 2, axis=-1)
+            v = (v + 1) / 2
+        x0, noise = to_x0_and_noise(output, x, level.alpha, level.sigma, prediction)
+        if clip is not None:
+            x0 = jnp.clip(x0, *clip)
+            noise = (x - expand(level.alpha, x) * x0) / expand(level.sigma, x)
+        return Denoised(x0, noise, v)
+
+    return denoise
 
 
-def euler_step(denoise: Denoise, x: Array, t: Array, t_next: Array) -> Array:
-    """Steps from `t` to `t_next` by equation 1: one evaluation."""
-    return x + (t_next - t) * denoise(x, t)
+@runtime_checkable
+class Sampler(Protocol):
+    """One way from a level to the next.
 
-
-def heun_step(denoise: Denoise, x: Array, t: Array, t_next: Array) -> Array:
-    """Steps from `t` to `t_next` by equation 2: two evaluations.
-
-    The step onto t = 0 is equation 1 (arXiv:2206.00364, Algorithm 1), because a network that predicts x_0 has no
-    velocity there. The order stays 2: it is a single step.
+    Attributes:
+        evaluations: of the network in a step.
+        stochastic: whether a step needs noise.
     """
-    v = denoise(x, t)
-    ahead = denoise(x + (t_next - t) * v, t_next)
-    return x + (t_next - t) * jnp.where(t_next > 0, (v + ahead) / 2, v)
+
+    evaluations: ClassVar[int]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step needs noise."""
+        ...
+
+    def start(self, x: Array, level: Levels) -> Any:
+        """Returns what is remembered before the first step, which starts from x at `level`."""
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: Any, now: Levels, to: Levels, index: Array, noise: Array | None
+    ) -> tuple[Array, Any]:
+        """Returns x at the level `to`, and what the next step has to remember.
+
+        Args:
+            denoise: of the network.
+            x: the state at the level `now`.
+            memory: of the step before.
+            now: level of x, of any shape that is a prefix of that of x.
+            to: the next level.
+            index: () int32, steps made before.
+            noise: standard normal, of the shape of x; None where the sampler is not stochastic.
+        """
 
 
-STEPS: dict[str, Step] = {"euler": euler_step, "heun": heun_step}
+@dataclasses.dataclass(frozen=True)
+class Ancestral:
+    """Equation 1: the reverse chain of DDPM.
+
+    Attributes:
+        variance: `small` (of the posterior), `large` (beta) or `learned` (between them, as the network says).
+    """
+
+    variance: str = "small"
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large", "learned"):
+            raise ValueError(f"variance must be small, large or learned, got {self.variance!r}.")
+
+    def start(self, x: Array, level: Levels) -> tuple[()]:
+        """Remembers nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: tuple[()], now: Levels, to: Levels, index: Array, noise: Array
+    ) -> tuple[Array, tuple[()]]:
+        """Draws x at the level `to`; without noise where that is clean."""
+        said = denoise(x, now)
+        q = posterior(now, to)
+        mean = expand(q.xt, x) * x + expand(q.x0, x) * said.x0
+        if self.variance == "learned":
+            if said.range is None:
+                raise ValueError("variance 'learned' needs a network that learns its range (denoiser(learned_range)).")
+            std = jnp.exp(learned_log_variance(said.range, now, to) / 2)
+        else:
+            std = expand(jnp.sqrt(q.variance if self.variance == "small" else q.beta), x)
+        return jnp.where(expand(to.sigma, x) > 0, mean + std * noise, mean), ()
 
 
-def sample_chunk(denoise: Denoise, x: Array, times: Float[Array, " times"], step: Step) -> Array:
-    """Takes `x` through consecutive times by one scan.
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """Equation 2; of order 1 where `eta` is 0, and then Euler's method.
+
+    Attributes:
+        eta: share of the ancestral sampler's noise, in [0, 1].
+    """
+
+    eta: float = 0.0
+    evaluations: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, got {self.eta}.")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `eta` asks for noise."""
+        return self.eta > 0
+
+    def start(self, x: Array, level: Levels) -> tuple[()]:
+        """Remembers nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: tuple[()], now: Levels, to: Levels, index: Array, noise: Array | None
+    ) -> tuple[Array, tuple[()]]:
+        """Returns x at the level `to`."""
+        said = denoise(x, now)
+        if not self.stochastic:
+            return expand(to.alpha, x) * said.x0 + expand(to.sigma, x) * said.noise, ()
+        fresh = self.eta**2 * posterior(now, to).variance
+        kept = jnp.sqrt(jnp.maximum(to.sigma**2 - fresh, 0))
+        mean = expand(to.alpha, x) * said.x0 + expand(kept, x) * said.noise
+        return mean + expand(jnp.sqrt(fresh), x) * noise, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun:
+    """Equation 3; of order 2. The step onto clean data is Euler's, since nothing can be asked there."""
+
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
+
+    def start(self, x: Array, level: Levels) -> tuple[()]:
+        """Remembers nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: tuple[()], now: Levels, to: Levels, index: Array, noise: Array | None
+    ) -> tuple[Array, tuple[()]]:
+        """Returns x at the level `to`."""
+        here, unit = denoise(x, now), expand(to.unit, x)
+        first = expand(to.alpha / to.unit - now.alpha / now.unit, x)
+        second = expand(to.sigma / to.unit - now.sigma / now.unit, x)
+        slope = first * here.x0 + second * here.noise
+        y = (expand(now.alpha, x) * here.x0 + expand(now.sigma, x) * here.noise) / expand(now.unit, x)
+        ahead = denoise(unit * (y + slope), to)
+        mean = (slope + first * ahead.x0 + second * ahead.noise) / 2
+        return unit * (y + jnp.where(expand(to.sigma, x) > 0, mean, slope)), ()
+
+
+class Before(NamedTuple):
+    """What a multi-step sampler remembers of the step before, and of the one before that.
+
+    Attributes:
+        x: the state that the step started from.
+        sigma: its level's.
+        x0: the clean data that the network told then, and a step earlier.
+        log_snr: lambda of these two levels.
+    """
+
+    x: Array
+    sigma: Array
+    x0: tuple[Array, Array]
+    log_snr: tuple[Array, Array]
+
+    @classmethod
+    def nothing(cls, x: Array, level: Levels) -> Before:
+        """Returns a memory of the right shapes, which the first step does not use."""
+        sigma = jnp.asarray(level.sigma)
+        # Arrays of their own, each, since a compiled chunk takes them over.
+        return cls(
+            jnp.zeros_like(x),
+            jnp.ones_like(sigma),
+            (jnp.zeros_like(x), jnp.zeros_like(x)),
+            (jnp.zeros_like(sigma), jnp.zeros_like(sigma)),
+        )
+
+    def then(self, x: Array, x0: Array, level: Levels) -> Before:
+        """Returns the memory after a step that started from x at `level`, where the network told `x0`."""
+        return Before(x, level.sigma, (x0, self.x0[0]), (log_snr(level), self.log_snr[0]))
+
+
+def log_snr(level: Levels) -> Array:
+    """Returns lambda, half the log signal-to-noise ratio: infinite where clean, minus infinity where all noise."""
+    return jnp.log(level.alpha) - jnp.log(level.sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver:
+    """Equation 4, DPM-Solver++(2M); of order 2 (order 1 in its first step, and in one onto clean data).
+
+    Attributes:
+        sde: the SDE form, which adds noise.
+    """
+
+    sde: bool = False
+    evaluations: ClassVar[int] = 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it is the SDE form."""
+        return self.sde
+
+    def start(self, x: Array, level: Levels) -> Before:
+        """Remembers the last x0."""
+        return Before.nothing(x, level)
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: Before, now: Levels, to: Levels, index: Array, noise: Array | None
+    ) -> tuple[Array, Before]:
+        """Returns x at the level `to`."""
+        x0 = denoise(x, now).x0
+        h = log_snr(to) - log_snr(now)
+        ahead = h / (log_snr(now) - memory.log_snr[0]) / 2
+        extrapolated = x0 + expand(ahead, x) * (x0 - memory.x0[0])
+        d = jnp.where((index > 0) & expand(to.sigma > 0, x), extrapolated, x0)
+        shrink, after = to.sigma / now.sigma, memory.then(x, x0, now)
+        if not self.sde:
+            return expand(shrink, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d, after
+        kept = -jnp.expm1(-2 * h)
+        mean = expand(shrink * jnp.exp(-h), x) * x + expand(to.alpha * kept, x) * d
+        return mean + expand(to.sigma * jnp.sqrt(kept), x) * noise, after
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC:
+    """Equation 5 with B(h) = e^h - 1 (`bh2`), predicting x0; predictor of order 2, corrected to order 3.
+
+    The corrector costs no evaluation: it uses the one at the level it corrects, which the next step needs anyway.
+    """
+
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
+
+    def start(self, x: Array, level: Levels) -> Before:
+        """Remembers the last state and two x0."""
+        return Before.nothing(x, level)
+
+    def step(
+        self, denoise: Denoise, x: Array, memory: Before, now: Levels, to: Levels, index: Array, noise: Array | None
+    ) -> tuple[Array, Before]:
+        """Corrects x at the level `now`, then returns the prediction at the level `to`."""
+        x0 = denoise(x, now).x0
+        x = jnp.where(index > 0, self._correct(x, x0, memory, now, index), x)
+        h = log_snr(to) - log_snr(now)
+        ahead = h / (log_snr(now) - memory.log_snr[0]) / 2
+        extrapolated = x0 + expand(ahead, x) * (x0 - memory.x0[0])
+        d = jnp.where((index > 0) & expand(to.sigma > 0, x), extrapolated, x0)
+        predicted = expand(to.sigma / now.sigma, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d
+        return predicted, memory.then(x, x0, now)
+
+    def _correct(self, x: Array, x0: Array, memory: Before, now: Levels, index: Array) -> Array:
+        """Makes the last step again, now that `x0` is known where it led to."""
+        h = log_snr(now) - memory.log_snr[0]
+        earlier = (memory.log_snr[1] - memory.log_snr[0]) / h
+        # The weights solve rho_0 + rho_1 = b_0, earlier rho_0 + rho_1 = b_1 (arXiv:2302.04867, Eq. 12).
+        phi_1 = jnp.expm1(-h)
+        phi_2 = phi_1 / -h - 1
+        phi_3 = phi_2 / -h - 1 / 2
+        b_0, b_1 = phi_2 / phi_1, 2 * phi_3 / phi_1
+        rho_0 = jnp.where(index > 1, (b_0 - b_1) / (1 - earlier), 0)
+        rho_1 = jnp.where(index > 1, b_0 - rho_0, 1 / 2)
+        past = jnp.where(index > 1, expand(1 / earlier, x) * (memory.x0[1] - memory.x0[0]), 0)
+        change = expand(rho_0, x) * past + expand(rho_1, x) * (x0 - memory.x0[0])
+        d = memory.x0[0] + change
+        return expand(now.sigma / memory.sigma, x) * memory.x - expand(now.alpha * phi_1, x) * d
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": DDIM(),
+    "heun": Heun(),
+    "dpm++": DPMSolver(),
+    "dpm++sde": DPMSolver(sde=True),
+    "unipc": UniPC(),
+    "ancestral": Ancestral(),
+}
+
+
+class State(NamedTuple):
+    """Where a sampler is.
+
+    Attributes:
+        x: the state.
+        memory: of the sampler.
+        index: () int32, steps made.
+    """
+
+    x: Array
+    memory: Any
+    index: Int[Array, ""]
+
+
+def start(sampler: Sampler, x: Float[Array, "*shape"], levels: Levels) -> State:
+    """Returns the state before the first step, at x and levels[0]."""
+    return State(x, sampler.start(x, Levels(*(a[0] for a in levels))), jnp.int32(0))
+
+
+def sample_chunk(
+    denoise: Denoise,
+    state: State,
+    levels: Levels,
+    sampler: Sampler,
+    noise: Callable[[Array], Array] | None = None,
+) -> State:
+    """Takes a state through consecutive levels by one scan.
 
     Args:
-        denoise: returns the velocity at (x, t).
-        x: the state at times[0].
-        times: at least two.
-        step: `euler_step` or `heun_step`.
+        denoise: of the network.
+        state: at levels[0].
+        levels: of shape (n + 1, ...), falling.
+        sampler: that steps.
+        noise: gives the standard normal noise of step `index`, of the shape of x; needed by stochastic samplers.
 
     Returns:
-        The state at times[-1].
+        The state at levels[-1].
+
+    Raises:
+        ValueError: a stochastic sampler without noise.
     """
-    times = jnp.asarray(times)
+    if sampler.stochastic and noise is None:
+        raise ValueError(f"{sampler} is stochastic: sample_chunk needs its noise.")
+    levels = Levels(*(jnp.asarray(a) for a in levels))
 
-    def body(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        return step(denoise, x, *pair), None
+    def body(state: State, pair: tuple[Levels, Levels]) -> tuple[State, None]:
+        now, to = pair
+        fresh = noise(state.index) if sampler.stochastic else None
+        x, memory = sampler.step(denoise, state.x, state.memory, now, to, state.index, fresh)
+        moves = expand(now.sigma != to.sigma, state.x)
+        return State(jnp.where(moves, x, state.x), memory, state.index + 1), None
 
-    return jax.lax.scan(body, x, (times[:-1], times[1:]))[0]
+    pairs = Levels(*(a[:-1] for a in levels)), Levels(*(a[1:] for a in levels))
+    return jax.lax.scan(body, state, pairs)[0]
+
+
+def sample(
+    chunk: Callable[[State, Levels], State],
+    state: State,
+    levels: Levels,
+    longest_chunk: int = 10,
+    progress: Callable[[int], None] | None = None,
+) -> Array:
+    """Samples in equal chunks of one compiled scan, so that progress can be shown.
+
+    Args:
+        chunk: (state, levels) to state, `sample_chunk` compiled once by the caller; its levels have one shape.
+        state: before the first step.
+        levels: of shape (n + 1, ...).
+        longest_chunk: most steps of a chunk; the largest divisor of n up to it is taken.
+        progress: called with the steps done, at first 0, once they are.
+
+    Returns:
+        x at the last level.
+    """
+    num_steps = len(levels.sigma) - 1
+    length = next(n for n in range(min(longest_chunk, num_steps), 0, -1) if num_steps % n == 0)
+    if progress is not None:
+        progress(0)
+    for first in range(0, num_steps, length):
+        state = chunk(state, Levels(*(a[first : first + length + 1] for a in levels)))
+        if progress is not None:
+            jax.block_until_ready(state.x)
+            progress(first + length)
+    return state.x

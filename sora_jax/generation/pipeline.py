@@ -19,9 +19,10 @@ from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, MeshConfig
-from sora_jax.diffusion.flow import to_velocity
+from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
-from sora_jax.diffusion.samplers import STEPS, flow_times, sample_chunk
+from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sample, sample_chunk, start
+from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation.canvas import ClipRequest, blank_segment, make_requests, pack_canvas, unpack_clips
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.mesh import make_mesh
@@ -81,11 +82,13 @@ class SoraPipeline:
         # The kernel that trained the model need not exist here; all of them compute the same.
         model_config = dataclasses.replace(config.model, attention="auto", remat="none")
         self._model = SoraTransformer(model_config, config.patch.dim)
+        split = batch_sharding(self._mesh)
+        self._state_shardings = State(x=split, memory=split, index=replicated(self._mesh))
         self._sample = jax.jit(
             self._sample_chunk,
             static_argnames="sampler",
-            donate_argnames="x",
-            out_shardings=batch_sharding(self._mesh),  # what goes in, or the second chunk would compile again
+            donate_argnames="state",
+            out_shardings=self._state_shardings,  # what goes in, or the second chunk would compile again
         )
 
     @classmethod
@@ -139,7 +142,9 @@ class SoraPipeline:
             num_steps: of the sampler.
             guidance_scale: of classifier-free guidance; 1 is none, which takes half the time.
             seed: a single one s gives prompt i the seed s + i.
-            sampler: `euler`, or `heun`, which is of second order and evaluates the model twice a step.
+            sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`: `euler`; `heun`, which is of second order and
+                evaluates the model twice a step; `dpm++` and `unipc`, which get there by looking back; `dpm++sde` and
+                `ancestral`, which add noise on the way.
             progress: called with (steps done, steps in all) from time to time, for a progress bar.
 
         Returns:
@@ -154,8 +159,8 @@ class SoraPipeline:
         requests = make_requests(list(prompts) if not isinstance(prompts, str) else prompts, seed, **given)
         num_steps = sample.num_steps if num_steps is None else num_steps
         scale = sample.guidance_scale if guidance_scale is None else guidance_scale
-        if sampler not in STEPS:
-            raise ValueError(f"sampler must be one of {', '.join(STEPS)}, got {sampler!r}.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         if not np.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale!r}.")
         times = flow_times(num_steps)
@@ -183,78 +188,102 @@ class SoraPipeline:
             rows, null_rows = pack_canvas(segments, text[""], most_rows)
         size = min(len(rows.patches), most_rows)
 
-        starts = range(0, len(rows.patches), size)
+        firsts = range(0, len(rows.patches), size)
         num_steps, sampled = len(times) - 1, []
-        for number, start in enumerate(starts):
+        for number, first in enumerate(firsts):
 
             def report(step: int, done: int = number * num_steps) -> None:
-                progress(done + step, len(starts) * num_steps)
+                progress(done + step, len(firsts) * num_steps)
 
-            batch, null = (PackedBatch(*(a[start : start + size] for a in some)) for some in (rows, null_rows))
+            batch, null = (PackedBatch(*(a[first : first + size] for a in some)) for some in (rows, null_rows))
             null = null if scale != 1 else None
-            sampled.append(self._sample_batch(batch, null, times, scale, sampler, report if progress else None))
+            seeds = np.array([request.seed for request in requests], np.uint32)[batch.clip_ids]  # (B, K)
+            sampled.append(self._sample_batch(batch, null, seeds, times, scale, sampler, report if progress else None))
         return unpack_clips(np.concatenate(sampled), rows, requests, patch)
 
     def _sample_batch(
         self,
         batch: PackedBatch,
         null: PackedBatch | None,
+        seeds: Int[np.ndarray, "rows segments"],
         times: Float[np.ndarray, " times"],
         scale: float,
         sampler: str,
         report: Callable[[int], None] | None,
     ) -> Float[np.ndarray, "rows length values"]:
         """Samples the rows of one batch; `null` holds them with the null caption, None for no guidance."""
-        sharding = batch_sharding(self._mesh)
-        arrays = jax.device_put(batch, sharding)
-        null_text = None if null is None else jax.device_put((null.text, null.text_segment_ids), sharding)
-        num_steps = len(times) - 1
-        chunk = next(n for n in range(min(LONGEST_CHUNK, num_steps), 0, -1) if num_steps % n == 0)
-        x = jax.device_put(batch.patches, sharding)
-        if report is not None:
-            report(0)
-        for start in range(0, num_steps, chunk):
-            part = times[start : start + chunk + 1]
-            x = self._sample(self.params, x, part, arrays, null_text, np.float32(scale), sampler=sampler)
-            if report is not None:
-                x.block_until_ready()
-                report(start + chunk)
-        return np.asarray(x)
+        split = batch_sharding(self._mesh)
+        arrays, seeds = jax.device_put((batch, seeds), split)
+        null_text = None if null is None else jax.device_put((null.text, null.text_segment_ids), split)
+        # What is asked for goes from noise to data; known patches and padding are at t = 0 and stay as they are.
+        levels = flow_levels(times[:, None, None] * batch.loss_mask)._replace(time=times)
+        state = jax.device_put(start(SAMPLERS[sampler], jnp.asarray(batch.patches), levels), self._state_shardings)
+
+        def chunk(state: State, levels: Levels) -> State:
+            return self._sample(
+                self.params, state, levels, arrays, null_text, seeds, np.float32(scale), sampler=sampler
+            )
+
+        return np.asarray(sample(chunk, state, levels, LONGEST_CHUNK, report))
 
     def _sample_chunk(
         self,
         params: PyTree,
-        x: Float[Array, "rows length values"],
-        times: Float[Array, " times"],
+        state: State,
+        levels: Levels,
         batch: PackedBatch,
         null_text: tuple[Float[Array, "rows text dim"], Int[Array, "rows text"]] | None,
+        seeds: Int[Array, "rows segments"],
         scale: Float[Array, ""],
         sampler: str,
-    ) -> Float[Array, "rows length values"]:
-        """Takes rows through `times`: asked patches move, known patches and padding stay as they are."""
+    ) -> State:
+        """Takes rows through `levels`, whose times are one for all that is asked."""
 
-        def velocity(x: Array, t: Array, text: Array, text_segment_ids: Array) -> Array:
+        def network(x: Array, t: Array, text: Array, text_segment_ids: Array) -> Array:
             copies = len(text) // len(x)  # the rows with their captions and, under guidance, once more without
-            x, positions, segment_ids, level_ids, asked = (
-                jnp.concatenate([array] * copies)
-                for array in (x, batch.positions, batch.segment_ids, batch.level_ids, batch.loss_mask)
+            x, positions, segment_ids, level_ids = (
+                jnp.concatenate([array] * copies) for array in (x, batch.positions, batch.segment_ids, batch.level_ids)
             )
-            levels = jnp.tile(jnp.stack([t, jnp.zeros_like(t)]), (len(x), batch.clip_ids.shape[1]))  # asked, known
-            output = self._model.apply(
-                {"params": params}, x, positions, segment_ids, levels, level_ids, text, text_segment_ids
+            table = jnp.tile(jnp.stack([t, jnp.zeros_like(t)]), (len(x), batch.clip_ids.shape[1]))  # asked, known
+            return self._model.apply(
+                {"params": params}, x, positions, segment_ids, table, level_ids, text, text_segment_ids
             )
-            v = to_velocity(output, x, jnp.where(asked, t, 0), self.config.flow)
-            return jnp.where(asked[..., None], v, 0)
 
-        def denoise(x: Array, t: Array) -> Array:
+        def guided(x: Array, t: Array) -> Array:
             if null_text is None:
-                return velocity(x, t, batch.text, batch.text_segment_ids)
+                return network(x, t, batch.text, batch.text_segment_ids)
             text = jnp.concatenate([batch.text, null_text[0]])
             ids = jnp.concatenate([batch.text_segment_ids, null_text[1]])
-            conditional, unconditional = jnp.split(velocity(x, t, text, ids), 2)
+            conditional, unconditional = jnp.split(network(x, t, text, ids), 2)
             return classifier_free(lambda *_: conditional, lambda *_: unconditional, scale)(x, t)
 
-        return sample_chunk(denoise, x, times, STEPS[sampler])
+        def noise(step: Array) -> Array:
+            return token_noise(seeds, step, batch.segment_ids, batch.patches.shape[-1])
+
+        return sample_chunk(denoiser(guided, self.config.flow.prediction), state, levels, SAMPLERS[sampler], noise)
+
+
+def token_noise(
+    seeds: Int[Array, "rows segments"], step: Int[Array, ""], segment_ids: Int[Array, "rows length"], values: int
+) -> Float[Array, "rows length values"]:
+    """Draws the noise of a step from (clip's seed, step, patch's number in its clip), wherever the clip is packed.
+
+    Args:
+        seeds: (B, K), of the segments.
+        step: of the sampler.
+        segment_ids: (B, L), each segment's tokens side by side, 0 for padding.
+        values: P, of a patch.
+    """
+    index = jnp.arange(segment_ids.shape[1])
+    is_first = jnp.diff(segment_ids, axis=1, prepend=0) != 0
+    number = index - jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
+    seed = jnp.take_along_axis(seeds, jnp.maximum(segment_ids - 1, 0), axis=1)
+
+    def one(seed: Array, number: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), number)
+        return jax.random.normal(key, (values,))
+
+    return jax.vmap(jax.vmap(one))(seed, number)
 
 
 def to_pixels(clip: Float[np.ndarray, "frames height width channels"]) -> np.ndarray:

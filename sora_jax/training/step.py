@@ -22,6 +22,7 @@ from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig
 from sora_jax.diffusion import flow
 from sora_jax.diffusion.losses import flow_loss
+from sora_jax.diffusion.schedules import logit_normal_times
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel import rules
 from sora_jax.patches.segments import segment_one_hot
@@ -36,7 +37,9 @@ EvalStep = Callable[[PyTree, PackedBatch, Array, Array], tuple[Array, Array]]
 
 def draw_times(key: jax.Array, rows: Int[Array, " rows"], num_segments: int, config: ExperimentConfig) -> Array:
     """Returns a logit-normal time for each segment of each row, (B, K) float32; `rows` are their global numbers."""
-    return jax.vmap(lambda key: flow.logit_normal_times(key, (num_segments,), config.flow))(streams.row_keys(key, rows))
+    mean, std = config.flow.time_mean, config.flow.time_std
+    draw = jax.vmap(lambda key: logit_normal_times(key, (num_segments,), mean, std))
+    return draw(streams.row_keys(key, rows))
 
 
 def draw_noise(key: jax.Array, rows: Int[Array, " rows"], shape: tuple[int, ...]) -> Array:

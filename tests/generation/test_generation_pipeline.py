@@ -12,7 +12,8 @@ import pytest
 from tiny_model import WordEncoder, random_params
 
 from sora_jax.config import FlowConfig
-from sora_jax.diffusion.samplers import flow_times
+from sora_jax.diffusion.samplers import SAMPLERS
+from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation import pipeline as pipeline_module
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.pipeline import SoraPipeline, to_pixels
@@ -36,6 +37,26 @@ def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline):
     turned = floats(pipeline, PROMPTS[::-1], [6, 5, 4, 3], **{name: values[::-1] for name, values in SIZES.items()})
     for first, second in zip(packed, turned[::-1], strict=True):
         np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ("dpm++sde", "unipc"))
+def test_a_clips_own_noise_and_memory_go_with_it(pipeline, sampler):
+    packed = floats(pipeline, PROMPTS, [3, 4, 5, 6], sampler, num_steps=4, **SIZES)
+    sizes = {name: values[2] for name, values in SIZES.items()}
+    alone = floats(pipeline, PROMPTS[2:3], 5, sampler, num_steps=4, **sizes)
+    np.testing.assert_allclose(alone[0], packed[2], atol=1e-4)
+    assert np.abs(floats(pipeline, PROMPTS[2:3], 6, sampler, num_steps=4, **sizes)[0] - alone[0]).max() > 1e-2
+
+
+def test_noise_of_a_patch_depends_on_its_clips_seed_the_step_and_its_number_alone():
+    ids = jnp.array([[1, 1, 1, 2, 2, 0], [2, 2, 1, 1, 1, 0]])
+    noise = pipeline_module.token_noise(jnp.array([[7, 8], [7, 8]], jnp.uint32), 0, ids, 1000)
+    np.testing.assert_array_equal(noise[0, :3], noise[1, 2:5])
+    np.testing.assert_array_equal(noise[0, 3:5], noise[1, :2])
+    drawn = np.asarray(noise[0, :5])
+    np.testing.assert_allclose(drawn @ drawn.T / 1000, np.eye(5), atol=0.2)  # standard normal, and all of its own
+    later = pipeline_module.token_noise(jnp.array([[7, 8], [7, 8]], jnp.uint32), 1, ids, 1000)
+    assert (later[:, :5] != noise[:, :5]).all(axis=-1).all()
 
 
 def test_a_clip_is_the_same_in_several_batches(tiny_config, pipeline):
@@ -111,7 +132,7 @@ class MeanLevel:
         return jnp.zeros_like(patches) + (level.sum(axis=1) / real.sum(axis=1))[:, None, None]
 
 
-@pytest.mark.parametrize("sampler", ("euler", "heun"))
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_perfect_denoiser_is_followed_to_its_clip(with_config, sampler):
     """x0 prediction of a constant: the last step from t to 0 lands on it whatever the noise was."""
     pipeline = with_config(flow=FlowConfig(prediction="x0", min_time=0.01))
@@ -189,7 +210,7 @@ def test_left_out_arguments_are_the_models_own(pipeline, tiny_config):
     "changes, message",
     [
         (dict(num_steps=0), "num_steps must be at least 1, got 0"),
-        (dict(sampler="ddim"), "sampler must be one of euler, heun, got 'ddim'"),
+        (dict(sampler="plms"), r"sampler must be one of euler, heun, dpm\+\+, .*, got 'plms'"),
         (dict(guidance_scale=float("inf")), "guidance_scale must be finite"),
         (dict(width=10), "width must be a multiple of the patch's 4, got 10; 8 or 12 would work"),
         (dict(num_frames=0), "num_frames"),

@@ -1,0 +1,244 @@
+"""How much noise there is at each step: beta tables, their subsets, flow times, and which times are trained on.
+
+Discrete diffusion counts steps from 0 (the least noisy) to T - 1; flow time runs from 0 (data) to 1 (noise).
+
+(1)  q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                        arXiv:2006.11239, Eq. 2
+(2)  alpha_bar_t = prod_{s <= t} (1 - beta_s),  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps     Eq. 4
+(3)  alpha_bar_t = f(t + 1) / f(0),  f(t) = cos^2((t / T + s) / (1 + s) pi / 2)      arXiv:2102.09672, Eq. 17
+(4)  beta_t = 1 / (T - t), t = 0 ... T - 1                                           arXiv:1503.03585, section 2.4.1
+(5)  sqrt(alpha_bar)' = (sqrt(alpha_bar_t) - last) first / (first - last)            arXiv:2305.08891, Algorithm 1
+(6)  t' = shift t / (1 + (shift - 1) t)                                              arXiv:2403.03206, Eq. 23
+(7)  p(t) ~ sqrt(E[L_t^2])                                                           arXiv:2102.09672, section 3.3
+
+Tables are float64 NumPy arrays, computed once; what enters a compiled function is made from them in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.array_types import Array, Float, Int, NumpyArray
+
+
+def check_betas(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """Returns a table of betas as float64.
+
+    Raises:
+        ValueError: it is not a list of at least one number in (0, 1], naming the first that is not. (1 is allowed: it
+            is the last one where the terminal SNR is zero.)
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"betas must be a list of at least one number, got shape {betas.shape}.")
+    bad = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    if len(bad):
+        raise ValueError(f"betas must be in (0, 1], got betas[{bad[0]}] = {betas[bad[0]]}.")
+    return betas
+
+
+def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Float[np.ndarray, " steps"]:
+    """Returns evenly spaced betas (arXiv:2006.11239, section 4)."""
+    _check_num_steps(num_steps)
+    return check_betas(np.linspace(start, end, num_steps))
+
+
+def cosine_betas(num_steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[np.ndarray, " steps"]:
+    """Returns the betas of equation 3, cut at `largest`."""
+    _check_num_steps(num_steps)
+    t = np.arange(num_steps + 1) / num_steps
+    f = np.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return check_betas(np.minimum(1 - f[1:] / f[:-1], largest))
+
+
+def harmonic_betas(num_steps: int) -> Float[np.ndarray, " steps"]:
+    """Returns equation 4: each step erases the same share 1 / T of what there was; the last one erases all.
+
+    The paper counts steps from 1, which makes it 1 / (T - t + 1).
+    """
+    _check_num_steps(num_steps)
+    return check_betas(1 / (num_steps - np.arange(num_steps)))
+
+
+def learned_betas(logits: Float[Array, " rates"], first: float = 1e-3) -> Float[Array, " steps"]:
+    """Returns betas that can be trained (arXiv:1503.03585, section 2.4.1): the first is fixed, to avoid overfitting.
+
+    Args:
+        logits: (T - 1,), trained; beta_t is their sigmoid.
+        first: beta_0, in (0, 1).
+    """
+    return jnp.concatenate([jnp.full((1,), first, logits.dtype), jax.nn.sigmoid(logits)])
+
+
+def alpha_bar(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """Returns the share of the data's variance that is left after each step (equation 2), float64."""
+    return np.cumprod(1 - check_betas(betas))
+
+
+def betas_of(alpha_bar: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """Undoes `alpha_bar`."""
+    alpha_bar = np.asarray(alpha_bar, np.float64)
+    return check_betas(1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]]))
+
+
+def zero_terminal_snr(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """Returns betas whose last step leaves nothing of the data, and whose first is as it was (equation 5)."""
+    signal = np.sqrt(alpha_bar(betas))
+    if len(signal) < 2:
+        raise ValueError(f"a zero terminal SNR needs at least 2 steps, got {len(signal)}.")
+    first, last = signal[0], signal[-1]
+    return betas_of(((signal - last) * first / (first - last)) ** 2)
+
+
+def respaced_steps(num_steps: int, count: int, spacing: str = "leading", offset: int = 0) -> Int[np.ndarray, " n"]:
+    """Returns `count` of the steps 0 ... num_steps - 1, increasing.
+
+    Args:
+        num_steps: T, of the trained process.
+        count: how many are kept.
+        spacing: `leading` keeps every (T // count)-th from 0 on, `trailing` every (T / count)-th back from T - 1,
+            `linspace` evenly from 0 to T - 1 (arXiv:2305.08891, Table 2, names them). The official DiT and improved
+            DDPM samplers keep `linspace`.
+        offset: added to `leading`; 1 is what Stable Diffusion's samplers add.
+
+    Raises:
+        ValueError: fewer than one or more than T steps.
+    """
+    _check_num_steps(num_steps)
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"count must be between 1 and the process's {num_steps} steps, got {count}.")
+    if spacing == "leading":
+        return np.arange(count) * (num_steps // count) + offset
+    if spacing == "trailing":
+        return np.round(np.arange(num_steps, 0, -num_steps / count)).astype(np.int64)[:count][::-1] - 1
+    if spacing == "linspace":
+        return np.round(np.linspace(0, num_steps - 1, count)).astype(np.int64)
+    raise ValueError(f"spacing must be leading, trailing or linspace, got {spacing!r}.")
+
+
+def respaced_betas(betas: Float[np.ndarray, " steps"], steps: Sequence[int] | NumpyArray) -> Float[np.ndarray, " kept"]:
+    """Returns the betas of the process that visits only some steps (arXiv:2102.09672, Eq. 19).
+
+    Args:
+        betas: of the whole process.
+        steps: that are kept, strictly increasing.
+
+    Raises:
+        ValueError: steps that are not increasing or not of the process.
+    """
+    steps = np.asarray(steps)
+    if steps.ndim != 1 or not len(steps) or (np.diff(steps) <= 0).any() or steps[0] < 0 or steps[-1] >= len(betas):
+        raise ValueError(f"steps must increase strictly within 0 ... {len(betas) - 1}, got {steps.tolist()}.")
+    return betas_of(alpha_bar(betas)[steps])
+
+
+def flow_times(num_steps: int, shift: float = 1.0) -> Float[np.ndarray, " times"]:
+    """Returns num_steps + 1 times falling from 1 to 0, float32.
+
+    Args:
+        num_steps: steps of the sampler.
+        shift: 1 spaces them evenly; above 1, equation 6 spends more steps on noise, as large clips need.
+
+    Raises:
+        ValueError: fewer than one step, or a shift that is not positive.
+    """
+    _check_num_steps(num_steps)
+    return shift_times(np.linspace(1.0, 0.0, num_steps + 1), shift).astype(np.float32)
+
+
+def shift_times(t: Float[Array, "*batch"], shift: float) -> Float[Array, "*batch"]:
+    """Returns equation 6; its fixed points are 0 and 1.
+
+    Raises:
+        ValueError: a shift that is not positive.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}.")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(num_tokens: int | float, base_tokens: int | float) -> float:
+    """Returns the shift that gives a clip of `num_tokens` the uncertainty that one of `base_tokens` has.
+
+    It is the square root of their ratio (arXiv:2403.03206, section 5.3.2: of the resolutions n = H W).
+    """
+    if not (num_tokens > 0 and base_tokens > 0):
+        raise ValueError(f"num_tokens and base_tokens must be positive, got {num_tokens} and {base_tokens}.")
+    return math.sqrt(num_tokens / base_tokens)
+
+
+def uniform_times(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Draws flow times uniformly from [0, 1), float32."""
+    return jax.random.uniform(key, shape)
+
+
+def logit_normal_times(key: jax.Array, shape: tuple[int, ...], mean: float, std: float) -> Float[Array, "..."]:
+    """Draws flow times t = sigmoid(mean + std n), n ~ N(0, 1) (arXiv:2403.03206, section 3.1), float32.
+
+    A positive `mean` is noisier.
+    """
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+
+
+class LossHistory(NamedTuple):
+    """The last losses of each step of a discrete process, from which equation 7 samples steps.
+
+    Attributes:
+        losses: (T, n) float32, the last n of each step.
+        counts: (T,) int32, how many of each have been seen, at most n.
+    """
+
+    losses: Float[Array, "steps history"]
+    counts: Int[Array, " steps"]
+
+
+def empty_history(num_steps: int, length: int = 10) -> LossHistory:
+    """Returns a history in which nothing has been seen (arXiv:2102.09672 keeps 10)."""
+    _check_num_steps(num_steps)
+    return LossHistory(jnp.zeros((num_steps, length)), jnp.zeros(num_steps, jnp.int32))
+
+
+def step_probabilities(history: LossHistory, uniform_share: float = 0.001) -> Float[Array, " steps"]:
+    """Returns p(t) by equation 7; uniform until every step's history is full.
+
+    Args:
+        history: of the losses.
+        uniform_share: of the probability is spread over all steps, so that none is ever out of reach.
+    """
+    num_steps, length = history.losses.shape
+    weights = jnp.sqrt(jnp.square(history.losses).mean(axis=1))
+    p = (1 - uniform_share) * weights / jnp.maximum(weights.sum(), 1e-30) + uniform_share / num_steps
+    return jnp.where((history.counts == length).all(), p, 1 / num_steps)
+
+
+def draw_steps(key: jax.Array, history: LossHistory, count: int) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """Draws steps by importance.
+
+    Returns:
+        (count,) int32 steps, and the (count,) weights 1 / (T p(t)) that keep the expected loss what it is uniformly.
+    """
+    p = step_probabilities(history)
+    steps = jax.random.categorical(key, jnp.log(p), shape=(count,)).astype(jnp.int32)
+    return steps, 1 / (len(p) * p[steps])
+
+
+def remember(history: LossHistory, steps: Int[Array, " n"], losses: Float[Array, " n"]) -> LossHistory:
+    """Returns the history with the losses at some steps added, one after another, the oldest dropped."""
+
+    def add(history: LossHistory, pair: tuple[Array, Array]) -> tuple[LossHistory, None]:
+        step, loss = pair
+        row = jnp.roll(history.losses[step], -1).at[-1].set(loss)
+        counts = jnp.minimum(history.counts.at[step].add(1), history.losses.shape[1])
+        return LossHistory(history.losses.at[step].set(row), counts), None
+
+    return jax.lax.scan(add, history, (steps, losses))[0]
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")

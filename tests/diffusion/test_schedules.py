@@ -1,0 +1,123 @@
+"""Schedules: literal values of the papers, closed forms, and what samples must follow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from sora_jax.diffusion import schedules
+
+
+def test_ddpm_betas_leave_almost_nothing():
+    betas = schedules.linear_betas()
+    assert (betas[0], betas[-1], len(betas)) == (1e-4, 0.02, 1000)
+    # arXiv:2006.11239, section 4: D_KL(q(x_T | x_0) || N(0, I)) is about 1e-5 bits a dimension, for data in [-1, 1].
+    left = schedules.alpha_bar(betas)[-1]
+    kl = 0.5 * (left * 0.5 - left - np.log(1 - left)) / np.log(2)
+    assert 1e-5 < kl < 5e-5
+
+
+def test_cosine_betas_follow_the_curve_until_they_are_cut():
+    t, bar = np.arange(1, 1001) / 1000, schedules.alpha_bar(schedules.cosine_betas())
+    curve = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(bar[:990], curve[:990], rtol=1e-9)
+    assert schedules.cosine_betas()[-1] == 0.999
+
+
+def test_harmonic_betas_erase_a_constant_share_a_step():
+    np.testing.assert_allclose(np.cumprod(1 - schedules.harmonic_betas(5)), [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-12)
+
+
+def test_learned_betas_keep_the_first():
+    betas = schedules.learned_betas(jnp.array([0.0, 100.0]), first=0.01)
+    np.testing.assert_allclose(betas, [0.01, 0.5, 1.0])
+    assert jax.grad(lambda x: schedules.learned_betas(x)[1])(jnp.zeros(2))[0] == 0.25
+
+
+def test_zero_terminal_snr_keeps_the_first_step_and_nothing_of_the_data():
+    betas = schedules.linear_betas(50, 0.001, 0.2)
+    bar, new = schedules.alpha_bar(betas), schedules.alpha_bar(schedules.zero_terminal_snr(betas))
+    assert new[-1] == 0.0
+    assert new[0] == pytest.approx(bar[0])
+    # sqrt(alpha_bar) is shifted and scaled: differences keep their ratios.
+    ratios = np.diff(np.sqrt(new)) / np.diff(np.sqrt(bar))
+    np.testing.assert_allclose(ratios, ratios[0])
+
+
+def test_respaced_steps_by_eye():
+    assert schedules.respaced_steps(10, 5).tolist() == [0, 2, 4, 6, 8]
+    assert schedules.respaced_steps(1000, 4, offset=1).tolist() == [1, 251, 501, 751]
+    assert schedules.respaced_steps(10, 5, "trailing").tolist() == [1, 3, 5, 7, 9]
+    assert schedules.respaced_steps(10, 4, "linspace").tolist() == [0, 3, 6, 9]
+    assert schedules.respaced_steps(1000, 250, "linspace")[[0, 1, -1]].tolist() == [0, 4, 999]
+
+
+def test_a_respaced_process_has_the_noise_of_the_whole_one_where_it_looks():
+    betas, steps = schedules.linear_betas(100, 1e-3, 0.1), [3, 10, 42, 99]
+    kept = schedules.respaced_betas(betas, steps)
+    np.testing.assert_allclose(schedules.alpha_bar(kept), schedules.alpha_bar(betas)[steps])
+    np.testing.assert_allclose(schedules.respaced_betas(betas, range(100)), betas)
+
+
+def test_flow_times_by_eye():
+    np.testing.assert_allclose(schedules.flow_times(4), [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(schedules.flow_times(2, shift=3.0), [1, 0.75, 0])  # 3 * 0.5 / (1 + 2 * 0.5)
+    assert schedules.resolution_shift(4096, 256) == 4.0
+
+
+def test_a_shift_moves_the_logit_by_its_logarithm():
+    t = np.linspace(0.01, 0.99, 7)
+    moved = scipy.special.logit(schedules.shift_times(t, 3.0)) - scipy.special.logit(t)
+    np.testing.assert_allclose(moved, np.log(3.0))
+
+
+def test_times_follow_their_laws():
+    times = np.asarray(schedules.logit_normal_times(jax.random.key(0), (4000,), 0.5, 0.8), np.float64)
+    assert scipy.stats.kstest(scipy.special.logit(times), scipy.stats.norm(0.5, 0.8).cdf).pvalue > 0.01
+    times = np.asarray(schedules.uniform_times(jax.random.key(0), (4000,)))
+    assert scipy.stats.kstest(times, scipy.stats.uniform().cdf).pvalue > 0.01
+
+
+def test_loss_aware_steps_are_uniform_until_known_and_then_follow_the_losses():
+    history = schedules.empty_history(4, length=2)
+    np.testing.assert_allclose(schedules.step_probabilities(history), 0.25)
+    for losses in ([9.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0], [4.0, 2.0, 2.0, 4.0]):
+        history = schedules.remember(history, jnp.arange(4), jnp.array(losses))
+    # The last two of each: (0, 4), (1, 2), (2, 2), (3, 4); the 9 is forgotten.
+    rms = np.sqrt([8, 2.5, 4, 12.5])
+    expected = 0.999 * rms / rms.sum() + 0.001 / 4
+    np.testing.assert_allclose(schedules.step_probabilities(history), expected, rtol=1e-6)
+    steps, weights = schedules.draw_steps(jax.random.key(0), history, 20_000)
+    np.testing.assert_allclose(np.bincount(steps, minlength=4) / 20_000, expected, atol=0.015)
+    # The weighted mean of any function of the step is its uniform mean.
+    assert float((weights * steps.astype(jnp.float32) ** 2).mean()) == pytest.approx(14 / 4, rel=0.03)
+
+
+def test_a_step_seen_twice_in_a_batch_is_remembered_twice():
+    history = schedules.remember(schedules.empty_history(2, 3), jnp.array([1, 1]), jnp.array([5.0, 6.0]))
+    np.testing.assert_allclose(history.losses, [[0, 0, 0], [0, 5, 6]])
+    assert history.counts.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.linear_betas(0), "num_steps must be at least 1, got 0"),
+        (lambda: schedules.linear_betas(3, 0.1, 1.5), r"betas must be in \(0, 1\], got betas\[2\] = 1.5"),
+        (lambda: schedules.check_betas(np.array([0.1, np.nan])), r"betas\[1\] = nan"),
+        (lambda: schedules.check_betas(np.array([])), "at least one number"),
+        (lambda: schedules.respaced_steps(10, 11), "count must be between 1 and the process's 10 steps, got 11"),
+        (lambda: schedules.respaced_steps(10, 2, "even"), "spacing must be leading, trailing or linspace, got 'even'"),
+        (lambda: schedules.respaced_betas(schedules.linear_betas(4), [0, 4]), r"within 0 ... 3, got \[0, 4\]"),
+        (lambda: schedules.respaced_betas(schedules.linear_betas(4), [2, 1]), "must increase strictly"),
+        (lambda: schedules.flow_times(0), "num_steps must be at least 1, got 0"),
+        (lambda: schedules.flow_times(3, -1.0), r"shift must be positive, got -1\.0"),
+        (lambda: schedules.zero_terminal_snr(schedules.linear_betas(1)), "at least 2 steps"),
+        (lambda: schedules.resolution_shift(0, 4), "must be positive"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
