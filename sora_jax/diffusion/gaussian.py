@@ -201,7 +201,7 @@ def posterior(now: Levels, to: Levels) -> Posterior:
 
 
 def learned_log_variance(
-    v: Float[Array, "*shape"], now: Levels, to: Levels, floor: float | None = None
+    v: Float[Array, "*shape"], now: Levels, to: Levels, floor: float | Array | None = None
 ) -> Float[Array, "*shape"]:
     """Returns the log variance of equation 5.
 
