@@ -1,4 +1,4 @@
-"""Measures what training costs, on the machine at hand.
+"""Measures what training costs and what samplers are worth, on the machine at hand.
 
 Each suite is a file in experiments/benchmarks/; `benchmark.py SUITE --help` shows its options.
 
@@ -6,6 +6,7 @@ Examples:
     python experiments/benchmark.py packing --data.path data/fluent_emoji
     python experiments/benchmark.py packing --data.path data/fluent_emoji --row-lengths 512 --rows 1000 --num-steps 3
     python experiments/benchmark.py data --data.path data/fluent_emoji --json data.json
+    python experiments/benchmark.py samplers --reference-steps 200
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import json
 import sys
 
 import tyro
-from benchmarks import data, packing
+from benchmarks import data, packing, samplers
 from etils import epath
 
-SUITES = {"packing": (packing.PackingOptions, packing.run), "data": (data.DataOptions, data.run)}
+SUITES = {
+    "packing": (packing.PackingOptions, packing.run),
+    "data": (data.DataOptions, data.run),
+    "samplers": (samplers.SamplersOptions, samplers.run),
+}
 
 
 def main(argv: list[str]) -> int:

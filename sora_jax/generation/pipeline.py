@@ -164,17 +164,25 @@ class SoraPipeline:
         if not np.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale!r}.")
         times = flow_times(num_steps)
-        return [to_pixels(clip) for clip in self._clips(requests, times, float(scale), sampler, progress)]
+        return [to_pixels(clip) for clip in self.sample(requests, times, float(scale), sampler, progress)]
 
-    def _clips(
+    def sample(
         self,
         requests: Sequence[ClipRequest],
         times: Float[np.ndarray, " times"],
         scale: float,
         sampler: str,
-        progress: Callable[[int, int], None] | None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Float[np.ndarray, "frames height width channels"]]:
-        """Returns the sampled clips, in the range that the model was trained on."""
+        """Returns the sampled clips in the range that the model was trained on, neither clipped nor rounded.
+
+        Args:
+            requests: the clips.
+            times: falling from 1 to 0 (`sora_jax.diffusion.schedules.flow_times`).
+            scale: of classifier-free guidance; 1 is none.
+            sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`.
+            progress: called with (steps done, steps in all).
+        """
         patch = self.config.patch
         captions = list(dict.fromkeys(["", *(request.prompt.strip() for request in requests)]))
         text = dict(zip(captions, self.text_encoder.encode(captions, self.config.data.max_caption_tokens), strict=True))

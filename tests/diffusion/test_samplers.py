@@ -38,11 +38,11 @@ def paths(num_steps):
 @pytest.mark.parametrize("path", ["discrete", "flow"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_sampler_reproduces_mean_and_covariance(name, path):
-    x = jax.random.normal(jax.random.key(1), (40_000, 2))
-    samples = np.asarray(run(gaussian_denoiser, x, paths(300)[path], EVERY[name]), np.float64)
-    # Five standard errors of 40,000 draws, and what 300 steps leave.
+    x = jax.random.normal(jax.random.key(1), (20_000, 2))
+    samples = np.asarray(run(gaussian_denoiser, x, paths(150)[path], EVERY[name]), np.float64)
+    # Five standard errors of 20,000 draws, and what 150 steps leave.
     np.testing.assert_allclose(samples.mean(0), MEAN, atol=0.02)
-    np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.025)
+    np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.035)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "dpm++sde", "unipc", "ancestral"])

@@ -29,7 +29,7 @@ def load_script():
 
 
 benchmark = load_script()
-packing, data = benchmark.packing, benchmark.data
+packing, data, samplers = benchmark.packing, benchmark.data, benchmark.samplers
 
 CONFIG = ExperimentConfig(
     model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=3, frequency_dim=8),
@@ -267,3 +267,53 @@ def test_bad_input_is_named(argv, message, capsys):
         code = error.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+class Circle:
+    """A pipeline whose clip is right up to 1 / steps, by Euler, and 1 / steps^2 by any other sampler."""
+
+    config = CONFIG
+
+    def sample(self, requests, times, scale, sampler, progress):
+        steps = len(times) - 1
+        progress(0, steps)
+        progress(steps, steps)
+        return [np.full((2, 4, 4, 3), (1 if sampler == "euler" else steps**-1) / steps) for _ in requests]
+
+
+def test_samplers_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(samplers.SoraPipeline, "from_pretrained", lambda path: Circle())
+    path = tmp_path / "samplers.json"
+    arguments = ["samplers", "--evaluations", "4", "16", "--reference-steps", "100", "--num-points", "300"]
+    assert benchmark.main([*arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    of_model = {(r["sampler"], r["evaluations"]): r["error"] for r in rows if r["what"] == "model"}
+    assert set(of_model) == {(name, n) for name in ("euler", "heun", "dpm++", "unipc") for n in (4, 16)}
+    assert of_model["euler", 16] == pytest.approx(1 / 16 - 1e-4)
+    assert of_model["heun", 16] == pytest.approx(1 / 8**2 - 1e-4)  # two evaluations a step
+    of_mixture = {(r["sampler"], r["evaluations"]): r["error"] for r in rows if r["what"] == "mixture"}
+    assert len(of_mixture) == 2 * len(samplers.SAMPLERS)
+    assert all(of_mixture[name, 16] < of_mixture[name, 4] for name in samplers.SAMPLERS)
+    assert "unipc" in capsys.readouterr().out
+
+
+def test_energy_distance_by_eye():
+    zero, three = np.zeros((2, 1)), np.full((3, 1), 3.0)
+    assert samplers.energy_distance(zero, three) == 6.0
+    assert samplers.energy_distance(three, three) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluations", "1"], "evaluations must be at least 2 each, got (1,)"),
+        (["--reference-steps", "0"], "reference_steps must be at least 1, got 0"),
+        (["--num-points", "1"], "num_points must be at least 2, got 1"),
+        (["--prompts"], "prompts must be one or more"),
+    ],
+)
+def test_bad_sampler_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["samplers", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -25,7 +25,7 @@ SIZES = dict(num_frames=[3, 1, 4, 2], height=[8, 16, 12, 40], width=[8, 8, 16, 4
 def floats(pipeline, prompts, seed, sampler="euler", scale=3.0, num_steps=2, **sizes):
     """The clips before they are rounded to pixels."""
     requests = make_requests(prompts, seed, **sizes)
-    return pipeline._clips(requests, flow_times(num_steps), scale, sampler, None)
+    return pipeline.sample(requests, flow_times(num_steps), scale, sampler, None)
 
 
 def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline):
