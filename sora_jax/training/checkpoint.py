@@ -13,23 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 from etils import epath
-from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.quantize import dequantize_tensors, quantize_tensors
+from sora_jax.models.quantize import quantize_tensors
+from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, flat_names, read_params, tensor_bytes
 from sora_jax.training.run_directory import read_config, write_config
 from sora_jax.training.state import TrainState, abstract_params
 
 FOLDER = "checkpoints"
-WEIGHTS = "model.safetensors"
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
-_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
-_DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
 INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
 
 
@@ -142,25 +137,6 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
-def flat_names(params: PyTree) -> dict[str, Any]:
-    """Returns the leaves by their path, joined by dots, sorted."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
-
-
-def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:
-    """Raises ValueError naming the first parameter that is missing, unknown or of another shape."""
-    found, expected = flat_names(found), flat_names(expected)
-    for name in sorted(found.keys() | expected.keys()):
-        if name not in found:
-            raise ValueError(f"{where} is of another model: it lacks parameter {name}.")
-        if name not in expected:
-            raise ValueError(f"{where} is of another model: it has an unknown parameter {name}.")
-        shapes = tuple(found[name].shape), tuple(expected[name].shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{where} is of another model: {name} has shape {shapes[0]}, the config asks {shapes[1]}.")
-
-
 def load_model(path: epath.PathLike, averaged: bool = True) -> tuple[ExperimentConfig, PyTree]:
     """Reads a model's config and parameters.
 
@@ -179,9 +155,9 @@ def load_model(path: epath.PathLike, averaged: bool = True) -> tuple[ExperimentC
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
-    if (path / WEIGHTS).exists():
+    if (path / WEIGHTS_FILE).exists():
         config = read_config(path)
-        params = _read_safetensors(path / WEIGHTS)
+        params = read_params(path / WEIGHTS_FILE)
     else:
         config = read_config(path.parent.parent if path.parent.name == FOLDER else path)
         params = _read_orbax(_checkpoint_directory(path) / ("ema_params" if averaged else "params"))
@@ -221,27 +197,10 @@ def export_model(
             raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f".{WEIGHTS}.tmp"
-    temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "sora_jax"}))
-    temporary.replace(path / WEIGHTS)
+    temporary = path / f".{WEIGHTS_FILE}.tmp"
+    temporary.write_bytes(tensor_bytes(tensors))
+    temporary.replace(path / WEIGHTS_FILE)
     write_config(path, config)
-
-
-def _read_safetensors(path: epath.Path) -> PyTree:
-    """Returns the nested parameters of a safetensors file as float32."""
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    stored = {}
-    for name, tensor in tensors:
-        if tensor["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {tensor['dtype']}; this reads {', '.join(_DTYPES)}.")
-        stored[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-    try:
-        return traverse_util.unflatten_dict(dequantize_tensors(stored), sep=".")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _checkpoint_directory(path: epath.Path) -> epath.Path:
@@ -250,7 +209,7 @@ def _checkpoint_directory(path: epath.Path) -> epath.Path:
         return path
     step = latest_step(path)
     if step is None:
-        raise FileNotFoundError(f"{path} holds a run without checkpoints and no {WEIGHTS}.")
+        raise FileNotFoundError(f"{path} holds a run without checkpoints and no {WEIGHTS_FILE}.")
     return path / FOLDER / str(step)
 
 

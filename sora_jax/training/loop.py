@@ -23,11 +23,12 @@ from PIL import Image
 from sora_jax.array_types import PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig
 from sora_jax.models.attention import AttentionFn
+from sora_jax.models.weights import check_shapes
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
 from sora_jax.training import run_directory
-from sora_jax.training.checkpoint import Checkpointer, check_shapes, latest_step, load_model
+from sora_jax.training.checkpoint import Checkpointer, latest_step, load_model
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import (
     TrainState,

@@ -8,8 +8,9 @@ import safetensors.numpy
 import tiny_run
 
 from sora_jax.config import to_json
+from sora_jax.models.weights import flat_names
 from sora_jax.training import state as states
-from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, flat_names, load_model
+from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, load_model
 from sora_jax.training.optimizer import make_optimizer
 
 CONFIG = tiny_run.CONFIG
@@ -183,7 +184,3 @@ def test_bad_models_are_named(tmp_path, state):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_model(tmp_path / "exported")
-
-
-def test_flat_names():
-    assert flat_names({"b": {"x": 1}, "a": 2}) == {"a": 2, "b.x": 1}

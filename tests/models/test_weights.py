@@ -1,0 +1,45 @@
+"""Parameters in safetensors files."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sora_jax.models.weights import check_shapes, flat_names, read_params, read_tensors, tensor_bytes
+
+
+def test_flat_names():
+    assert flat_names({"b": {"x": 1}, "a": 2}) == {"a": 2, "b.x": 1}
+
+
+def test_tensors_come_back(tmp_path):
+    table = np.arange(6, dtype=np.float32).reshape(2, 3)
+    written = {"a.kernel": table.T, "a.bias": np.array([1.5], ml_dtypes.bfloat16), "step": np.array(0.5, np.float16)}
+    (tmp_path / "w").write_bytes(tensor_bytes(written))
+    read = read_tensors(tmp_path / "w")
+    assert {name: value.dtype for name, value in read.items()} == {k: v.dtype for k, v in written.items()}
+    params = read_params(tmp_path / "w")
+    np.testing.assert_array_equal(params["a"]["kernel"], [[0, 3], [1, 4], [2, 5]])
+    assert params["a"]["bias"] == 1.5 and params["a"]["bias"].dtype == np.float32 and params["step"].shape == ()
+
+
+def test_errors_name_file_and_tensor(tmp_path):
+    data = tensor_bytes({"a": np.zeros(4, np.float32)})
+    for broken in (b"", b"text", data[:-1], data + b"\0"):
+        (tmp_path / "broken").write_bytes(broken)
+        with pytest.raises(ValueError, match="broken is not a whole safetensors file"):
+            read_tensors(tmp_path / "broken")
+    (tmp_path / "wide").write_bytes(safetensors.numpy.save({"a": np.zeros(2)}))
+    with pytest.raises(ValueError, match=r"wide: a has dtype F64; this reads F32, BF16"):
+        read_tensors(tmp_path / "wide")
+
+
+def test_the_first_parameter_that_differs_is_named():
+    value = np.zeros((2, 3))
+    check_shapes({"a": {"b": value}}, {"a": {"b": value}}, "it")
+    with pytest.raises(ValueError, match=r"it is of another model: it lacks parameter a\.b"):
+        check_shapes({"c": value}, {"a": {"b": value}}, "it")
+    with pytest.raises(ValueError, match="it has an unknown parameter c"):
+        check_shapes({"c": value, "d": value}, {"d": value}, "it")
+    with pytest.raises(ValueError, match=r"a has shape \(3, 2\), the config asks \(2, 3\)"):
+        check_shapes({"a": value.T}, {"a": value}, "it")
