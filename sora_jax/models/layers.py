@@ -32,6 +32,53 @@ def dense(features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: 
     )
 
 
+def conv(
+    features: int,
+    axes: tuple[str, str],
+    *,
+    name: str,
+    dtype: str,
+    stride: int = 1,
+    padding: tuple[int, int] = (1, 1),
+    zero: bool = False,
+) -> nn.Conv:
+    """Returns a 3x3 convolution with bias over images (B, H, W, C).
+
+    Args:
+        features: channels of the output.
+        axes: logical axes of its kernel (input channels, output channels).
+        name: of its parameters.
+        dtype: of the computation.
+        stride: along both sides.
+        padding: zeros (before, behind) each side.
+        zero: starts with a zero kernel instead of Glorot's uniform one.
+    """
+    init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
+    return nn.Conv(
+        features,
+        kernel_size=(3, 3),
+        strides=stride,
+        padding=(padding, padding),
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, (None, None, *axes)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+        name=name,
+    )
+
+
+def group_norm(*, name: str, num_groups: int, eps: float) -> nn.GroupNorm:
+    """Returns a group norm (arXiv:1803.08494) over an image and a group of its channels, computed in float32."""
+    return nn.GroupNorm(
+        num_groups=num_groups,
+        epsilon=eps,
+        dtype=jnp.float32,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where a group's mean is large
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("width",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("width",)),
+        name=name,
+    )
+
+
 def layer_norm(*, name: str, eps: float, affine: bool) -> nn.LayerNorm:
     """Returns a layer norm over the width, computed in float32."""
     return nn.LayerNorm(
@@ -59,19 +106,22 @@ def modulate(
 
 
 def sinusoidal_embedding(
-    values: Float[Array, "*batch"], dim: int, period: float = 10_000.0
+    values: Float[Array, "*batch"], dim: int, period: float = 10_000.0, endpoint: bool = False
 ) -> Float[Array, "*batch dim"]:
-    """Embeds numbers as cosines and sines of `dim / 2` frequencies, period^(-2 i / dim).
+    """Embeds numbers as cosines and sines of n = `dim / 2` frequencies, period^(-i / n) for i = 0 ... n - 1.
 
     Args:
         values: of any shape.
-        dim: even.
+        dim: even; at least 4 with `endpoint`.
         period: sets the lowest frequency.
+        endpoint: the lowest frequency is 1 / period itself, period^(-i / (n - 1)), as DDPM (arXiv:2006.11239) has it.
 
     Returns:
         (..., dim) float32: cosines, then sines.
     """
-    frequencies = np.exp(-math.log(period) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
+    count = dim // 2
+    exponents = np.arange(count) / (count - 1 if endpoint else count)
+    frequencies = np.exp(-math.log(period) * exponents).astype(np.float32)
     angles = values[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

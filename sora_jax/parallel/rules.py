@@ -17,10 +17,12 @@ from sora_jax.array_types import PyTree
 
 Rules = Mapping[str, tuple[str, ...]]
 
-# The width of a token is the one axis that every large kernel has, so splitting it alone shares out all of them.
+# The width of a token (of a pixel, in convolutions) is the one axis that every large kernel has, so splitting it alone
+# shares out all of them.
 LOGICAL_RULES: Rules = {
     "batch": ("data", "fsdp"),
     "width": ("fsdp",),
+    "channels": (),  # what a convolution puts out, where "width" is what it takes in
     "layers": (),
     "heads_width": (),
     "mlp": (),

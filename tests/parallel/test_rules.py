@@ -5,6 +5,7 @@ from flax import linen as nn
 from flax.core import meta
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from sora_jax.models import unet
 from sora_jax.models.sora import SORA_SIZES, SoraTransformer, abstract_params
 from sora_jax.parallel.rules import LOGICAL_RULES, param_shardings, partition_spec
 
@@ -34,8 +35,16 @@ def test_uneven_parameter_is_named():
         param_shardings(params, mesh(data=1, fsdp=4))
 
 
-def test_large_kernels_of_the_model_are_all_split():
-    shapes = abstract_params(SoraTransformer(SORA_SIZES["sora_xl"], 64))
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        lambda: abstract_params(SoraTransformer(SORA_SIZES["sora_xl"], 64)),
+        lambda: unet.abstract_params(unet.UNet(unet.UNetConfig())),
+    ],
+    ids=["sora_xl", "unet"],
+)
+def test_large_kernels_of_the_models_are_all_split(shapes):
+    shapes = shapes()
     shardings = param_shardings(shapes, mesh(data=2, fsdp=8))
     plain = meta.unbox(shapes)
     whole = [
@@ -43,7 +52,7 @@ def test_large_kernels_of_the_model_are_all_split():
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(shardings), strict=True
         )
-        if "fsdp" not in jax.tree.leaves(tuple(sharding.spec)) and leaf.size > 1_000_000
+        if "fsdp" not in jax.tree.leaves(tuple(sharding.spec)) and leaf.size > 500_000
     ]
     assert not whole
     assert set(LOGICAL_RULES["batch"]) == {"data", "fsdp"}
