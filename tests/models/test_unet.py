@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from sora_jax.models.layers import sinusoidal_embedding
-from sora_jax.models.unet import UNet, UNetConfig, abstract_params, init_params
+from sora_jax.models.unet import ResidualBlock, UNet, UNetConfig, abstract_params, init_params
 from sora_jax.models.weights import flat_names
 
 CONFIG = UNetConfig(width=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), num_groups=4, dropout=0.5)
@@ -101,13 +101,17 @@ def test_dropout_is_drawn_where_it_is_asked(params):
 
 
 def test_dropout_stands_before_the_second_convolution(params):
-    """Without the second convolutions, nothing of it is left."""
-    blind = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * ("conv2.kernel" not in jax.tree_util.keystr(path, simple=True, separator=".")), params
-    )
-    x = images(*SHAPE)
-    dropped = forward_with_dropout(CONFIG, blind, x, T, jax.random.key(0))
-    np.testing.assert_allclose(dropped, forward(CONFIG, blind, x, T), atol=2e-5)
+    """Where that convolution changes nothing, its input is seen: a share of it is zero, the rest is as much greater."""
+    config = dataclasses.replace(CONFIG, dropout=0.25)
+    identity = np.zeros((3, 3, 16, 16), np.float32)
+    identity[1, 1] = np.eye(16)
+    values = params["mid_block_0"] | {"conv2": {"kernel": identity, "bias": np.zeros(16, np.float32)}}
+    block, x, time = ResidualBlock(16, config), images(3, 4, 8, 16), images(3, 32, seed=2)
+    exact = block.apply({"params": values}, x, time, True) - x
+    dropped = block.apply({"params": values}, x, time, False, rngs={"dropout": jax.random.key(0)}) - x
+    kept = np.abs(dropped) > 1e-6
+    np.testing.assert_allclose(dropped, np.where(kept, exact / 0.75, 0), atol=2e-5)
+    assert kept.mean() == pytest.approx(0.75, abs=0.05)
 
 
 def test_bfloat16_is_close(params):
