@@ -108,16 +108,16 @@ def convert_config(values: Mapping[str, Any]) -> UNetConfig:
     channels, down, up = (values[option] for option in ("block_out_channels", "down_block_types", "up_block_types"))
     counts = isinstance(channels, list) and len(channels) > 0 and all(map(_is_count, channels))
     expect(counts and all(n % channels[0] == 0 for n in channels), "block_out_channels", "multiples of their first")
-    attended = {"DownBlock2D": False, "AttnDownBlock2D": True}
-    known = isinstance(down, list) and len(down) == len(channels) and all(kind in attended for kind in down)
-    expect(known, "down_block_types", f"{len(channels)} of {', '.join(attended)}")
+    kinds = ("DownBlock2D", "AttnDownBlock2D")
+    known = isinstance(down, list) and len(down) == len(channels) and all(kind in kinds for kind in down)
+    expect(known, "down_block_types", f"{len(channels)} of {', '.join(kinds)}")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
     expect(up == mirrored, "up_block_types", f"those of the way down mirrored, {mirrored}")
     return UNetConfig(
         **{ours: values[theirs] for ours, theirs in _SIZES.items()},
         width=channels[0],
         multipliers=tuple(n // channels[0] for n in channels),
-        attention_levels=tuple(level for level, kind in enumerate(down) if attended[kind]),
+        attention_levels=tuple(level for level, kind in enumerate(down) if kind == kinds[1]),
         norm_eps=float(values["norm_eps"]),
         dropout=float(values.get("dropout", 0.0)),
     )

@@ -251,6 +251,7 @@ def test_config_of_the_published_weights():
         ("mid_block_type", None, "must be 'UNetMidBlock2D', got None"),
         ("down_block_types", ["SkipDownBlock2D", "DownBlock2D"], "DownBlock2D, AttnDownBlock2D, got ['Skip"),
         ("down_block_types", ["DownBlock2D"], "must be 2 of"),
+        ("down_block_types", [{}, "DownBlock2D"], "must be 2 of"),
         ("up_block_types", ["UpBlock2D", "UpBlock2D"], "mirrored, ['AttnUpBlock2D', 'UpBlock2D'], got"),
         ("block_out_channels", [8, 12], "multiples of their first, got [8, 12]"),
         ("block_out_channels", [], "multiples of their first, got []"),
