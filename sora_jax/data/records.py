@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,7 +175,7 @@ def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a text file under another name and renames it, so that no reader sees half of it."""
-    temporary = path.parent / f"{path.name}.incomplete"
+    """Writes a text file under a name of its own and renames it, so that no reader sees half of it."""
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
     temporary.write_text(text)
     temporary.replace(path)

@@ -5,6 +5,10 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -242,6 +246,59 @@ def test_processes_write_the_same(tmp_path):
     for split in ("train", "unseen"):
         one, two = open_source(alone["path"], split), open_source(shared["path"], split)
         assert one.metadata.names == two.metadata.names and one.read_frames(0, [0]) == two.read_frames(0, [0])
+
+
+KILLED_PREPARATION = """
+import os, signal, sys, threading, time
+from etils import epath
+from sora_jax.data.builders.parts import ClipTask, Encoding, encode_parts
+
+def convert(task, encoding):
+    (epath.Path(task.path).parent / f"worker-{os.getpid()}").touch()
+    time.sleep(60)
+    yield
+
+def kill():
+    while not list(epath.Path(sys.argv[1]).glob("worker-*")):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    threading.Thread(target=kill).start()
+    task = ClipTask(0, "a", sys.argv[1] + "/a", "x", "train")
+    encode_parts([task], convert, Encoding(), epath.Path(sys.argv[1]) / "parts", 2)
+"""
+
+
+def test_the_workers_of_a_killed_preparation_end(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_PREPARATION)
+    run = subprocess.run([sys.executable, script, tmp_path], timeout=60)
+    assert run.returncode == -signal.SIGKILL
+    (worker,) = (int(path.name.split("-")[1]) for path in tmp_path.glob("worker-*"))
+    deadline = time.monotonic() + 10
+    while state_of(worker) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert state_of(worker) in ("", "Z"), "the worker goes on"
+
+
+def state_of(process):
+    """Returns the state of a process as Linux tells it, Z where it has ended and nobody asked; "" for none."""
+    try:
+        return pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def test_two_runs_do_not_share_an_unfinished_file(tmp_path):
+    def meanwhile(task, encoding):
+        parts.encode_parts([task], fluent_emoji.convert, encoding, epath.Path(tmp_path), 0)  # the other run
+        return fluent_emoji.convert(task, encoding)
+
+    task = task_of(FIXTURES / "1f995.webp")
+    (path,) = parts.encode_parts([task], meanwhile, Encoding(32), epath.Path(tmp_path), 0)["train"]
+    assert [p.name for p in path.parent.glob("*.array_record*")] and not list(path.parent.glob("*.incomplete"))
+    assert parts.skipped_files(path) == []
 
 
 def write_manifest(source, entries):

@@ -1,7 +1,8 @@
 """Encodes clips in parts, each of which is finished or absent, so that an interrupted preparation goes on.
 
 A part is one ArrayRecord file of serialised clip records and, written last, a JSON file of what was skipped. A part
-whose JSON file exists is not done again.
+whose JSON file exists is not done again. Every process writes under a name of its own, so what a killed one leaves is
+in nobody's way; it goes with the parts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
+import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -134,7 +138,7 @@ def encode_parts(
         else:
             # Spawned, not forked: the readers of ArrayRecord and the codecs hold threads.
             context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+            with concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent) as pool:
                 futures = [pool.submit(_encode_part, p, t, convert, encoding) for p, t in waiting]
                 try:
                     for future in concurrent.futures.as_completed(futures):
@@ -155,10 +159,20 @@ def _report_path(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.json"
 
 
+def _end_with_parent() -> None:
+    """Lets this worker process end at once when the one that started it is gone, however it died."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _encode_part(path: epath.Path, tasks: Sequence[ClipTask], convert: Convert, encoding: Encoding) -> int:
     """Writes one part and returns the number of its files."""
     features, skipped = clip_features(), []
-    temporary = path.parent / f"{path.name}.incomplete"
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # JPEG stays JPEG
     for task in tasks:
         try:
