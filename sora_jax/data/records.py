@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import uuid
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,15 +164,19 @@ def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -
 
 
 def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
-    """Reads `index-<split>.json`; None where there is none or another version wrote it."""
+    """Reads `index-<split>.json`; None where there is none, another version wrote it or it is damaged (a warning)."""
     path = epath.Path(directory) / f"index-{split}.json"
     if not path.exists():
         return None
-    values = json.loads(path.read_text())
-    if values.pop("version", None) != INDEX_VERSION:
+    try:
+        values = json.loads(path.read_text())
+        if values.pop("version", None) != INDEX_VERSION:
+            return None
+        arrays = {name: np.array(values[name], dtype) for name, dtype in _DTYPES.items()}
+        return ClipMetadata(**arrays, captions=values["captions"], names=values["names"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{path} is damaged ({error}); it is made again from the records.", stacklevel=2)
         return None
-    arrays = {name: np.array(values[name], dtype) for name, dtype in _DTYPES.items()}
-    return ClipMetadata(**arrays, captions=values["captions"], names=values["names"])
 
 
 def write_atomically(path: epath.Path, text: str) -> None:

@@ -35,7 +35,7 @@ class ClipSource:
 
     Raises:
         ValueError: no data set at `path`, an unknown split, records that are not ArrayRecord, or no picture or video
-            feature; the message says what there is.
+            feature; the message says what there is. Or a file of records is missing or damaged, which is named.
     """
 
     def __init__(self, path: str, split: str = "train"):
@@ -72,6 +72,7 @@ class ClipSource:
 
         Raises:
             IndexError: `index` or a frame index is out of range.
+            ValueError: the file of the clip is missing or damaged; the message names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"clip index must be in 0 ... {len(self) - 1}, got {index}.")
@@ -80,7 +81,7 @@ class ClipSource:
             raise IndexError(f"frame indices of clip {index} must be in 0 ... {count - 1}, got {bad[0]}.")
         if self._records is None:
             self._records = _open_records(self._files)
-        frames = parse_example(self._records[int(index)])[self._layout.frames]
+        frames = parse_example(_read_record(self._records, self._files, int(index)))[self._layout.frames]
         return [frames[i] for i in frame_indices]
 
     def _index(self, split: str, info: Any) -> ClipMetadata:
@@ -90,7 +91,8 @@ class ClipSource:
             return metadata
         records = _open_records(info.file_instructions)
         progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
-        metadata = metadata_from_rows([self._layout.row(i, records[i]) for i in progress])
+        files = info.file_instructions
+        metadata = metadata_from_rows([self._layout.row(i, _read_record(records, files, i)) for i in progress])
         with contextlib.suppress(OSError):  # where the data set is read-only, the pass is made again next time
             write_index(epath.Path(self.path), split, metadata)
         return metadata
@@ -155,3 +157,15 @@ def _spans(splits: Any, split: str, path: str) -> list[tuple[str, int, int]]:
 def _open_records(files: Sequence[Any]) -> Any:
     """Returns the serialised records of TFDS file instructions by index."""
     return array_record_data_source.ArrayRecordDataSource(files)
+
+
+def _read_record(records: Any, files: Sequence[Any], index: int) -> bytes:
+    """Returns one of the serialised records that `_open_records(files)` gave; ValueError where its file is damaged."""
+    try:
+        if record := records[index]:
+            return record
+        damage = f"record {index} is empty"
+    except RuntimeError as error:
+        damage = str(error)
+    file = files[int(np.searchsorted(np.cumsum([f.take for f in files]), index, side="right"))]
+    raise ValueError(f"{file.filename} is missing or damaged, prepare the data set again: {damage}")

@@ -103,6 +103,31 @@ def test_a_wrong_or_missing_index_is_made_again(clips, tmp_path):
     assert open_source(clips, "train").metadata.names == expected.names
 
 
+@pytest.mark.parametrize("text", ['{"version": 1, "clip_ids": [3, 1', '{"version": 1, "clip_ids": [3, 1]}', "[]"])
+def test_a_damaged_index_is_named_and_made_again(clips, tmp_path, text):
+    expected = open_source(clips, "train").metadata
+    index = tmp_path / "toy/2.0.0/index-train.json"
+    whole = index.read_text()
+    index.write_text(text)
+    with pytest.warns(UserWarning, match=r"index-train\.json is damaged .* made again"):
+        assert open_source(clips, "train").metadata.names == expected.names
+    assert index.read_text() == whole
+
+
+@pytest.mark.parametrize("kept", [None, 0, 1 << 16, -10], ids=["missing", "empty", "half", "cut"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_damaged_file_of_records_is_named(clips, tmp_path, kept, indexed):
+    if indexed:
+        open_source(clips, "train")
+    (file,) = (tmp_path / "toy/2.0.0").glob("toy-train.array_record*")
+    content = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=f"{file.name} is missing or damaged, prepare the data set again: .+"):
+        open_source(clips, "train").read_frames(2, [0])
+
+
 def test_an_open_source_pickles_small_and_reads_on(clips):
     source = open_source(clips, "train")
     unread = pickle.dumps(source)
