@@ -20,6 +20,7 @@ import json
 import logging
 import shutil
 import sys
+import warnings
 from typing import Annotated, Any
 
 import tyro
@@ -145,6 +146,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         if field in report:
             spreads.add_row(field, *(f"{value:g}" for value in report[field].values()))
     console.print(spreads)
+    if "train" not in report["splits"]:
+        console.print(f"no split train: data.split must be one of {', '.join(report['splits'])}")
     console.print(f"skipped {report['num_skipped']} files")
     for entry in report["skipped"][:20]:
         console.print(f"  {entry['file']}: {entry['reason']}", markup=False, highlight=False, soft_wrap=True)
@@ -172,4 +175,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.exit(main())

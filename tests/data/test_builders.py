@@ -374,18 +374,57 @@ def test_held_out_captions_are_whole(tmp_path):
     assert {t.split for t in folder.make_tasks(str(tmp_path), unseen_share=0.0)[0]} == {"train"}
 
 
+def test_training_keeps_a_caption(tmp_path):
+    captions = [f"caption {i}" for i in range(20)]
+    for i in range(len(captions)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    few = [c for c in captions if folder._draw(c) < 0.3][:2]
+    write_manifest(tmp_path, [{"file": f"{i}.png", "caption": few[i % 2]} for i in range(4)])
+    kept = max(few, key=folder._draw)
+    with pytest.warns(UserWarning, match=f"drawn for the split unseen; '{kept}' stays in train"):
+        tasks, _ = folder.make_tasks(str(tmp_path), unseen_share=0.3)
+    assert [(t.caption, t.split) for t in tasks] == [
+        (few[i % 2], "train" if few[i % 2] == kept else "unseen") for i in range(4)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "file", "reason"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        ('{"file": "a.png"}', "line 2: expected an object"),
-        ('{"file": "a.png", "caption": 3}', "caption must be a string, got 3"),
-        ('{"file": "a.png", "caption": "x", "split": "my split"}', "got 'my split'"),
-        ('{"file": "a.png", "caption": "x", "tags": ""}', "line 2: expected an object"),
+        (b"{", None, "not JSON: Expecting property name"),
+        (b'{"file": "b.png", "caption": "caf\xe9"}', None, "not UTF-8: byte 33 of the line"),
+        (b"[]", None, "bad line: captions.jsonl, line 2: expected an object"),
+        (b'{"file": 3, "caption": "x"}', None, "bad line: captions.jsonl, line 2: file must be a string, got 3"),
+        (b'{"file": "b.png"}', "b.png", "bad line: captions.jsonl, line 2: expected an object"),
+        (b'{"file": "b.png", "caption": 3}', "b.png", "caption must be a string, got 3"),
+        (b'{"file": "b.png", "caption": "\\ud83d"}', "b.png", "caption must be whole Unicode characters"),
+        (b'{"file": "b.png", "caption": "x", "split": "my split"}', "b.png", "got 'my split'"),
+        (b'{"file": "b.png", "caption": "x", "tags": ""}', "b.png", "expected an object"),
     ],
 )
-def test_a_malformed_manifest_names_the_line(tmp_path, line, message):
-    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": ""}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        folder.read_manifest(epath.Path(tmp_path / "captions.jsonl"))
+def test_a_malformed_line_is_left_out_and_named(tmp_path, line, file, reason):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    good = [b'{"file": "a.png", "caption": "x"}', b'{"file": "c.png", "caption": "y"}']
+    (tmp_path / "captions.jsonl").write_bytes(b"\n".join([good[0], line, good[1]]))
+    tasks, skipped = folder.make_tasks(str(tmp_path), unseen_share=0)
+    assert [task.name for task in tasks] == ["a.png", "c.png"]
+    assert skipped[0]["file"] == (file or "captions.jsonl, line 2") and reason in skipped[0]["reason"]
+    # The picture is named once: as the bad line's, or as one without a caption.
+    assert [entry["file"] for entry in skipped].count("b.png") == 1
+
+
+def test_a_caption_may_hold_any_separator_but_a_new_line(tmp_path):
+    captions = ["one\u2028two", "three\x85four", "five\u2029six"]
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    lines = [json.dumps({"file": f"{i}.png", "caption": c}, ensure_ascii=False) for i, c in enumerate(captions)]
+    (tmp_path / "captions.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    tasks, skipped = folder.make_tasks(str(tmp_path), unseen_share=0)
+    assert [task.caption for task in tasks] == captions and not skipped
+
+
+def test_an_empty_manifest_lists_nothing(tmp_path):
+    (tmp_path / "captions.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"captions\.jsonl lists nothing: write one line a file"):
+        folder.make_tasks(str(tmp_path))

@@ -1,15 +1,18 @@
 """A folder of videos, animations and pictures with a `captions.jsonl`, as a data set.
 
 Each line of `captions.jsonl` is an object with `file` (relative to the folder), `caption`, and optionally `split`.
-Files without a line, lines without a file, and files that cannot be read whole are left out and named.
+Files without a line, lines without a file, lines that are not as they should be, and files that cannot be read whole
+are left out and named.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,38 +37,54 @@ class ClipFolder(ClipDatasetBuilder, skip_registration=True):
     DESCRIPTION = "A folder of captioned clips and pictures, stored as single frames."
 
 
-def read_manifest(path: epath.Path) -> list[dict[str, str]]:
+def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Reads `captions.jsonl`.
 
+    Returns:
+        The lines, and those that are not as they should be, as `file` (what the line names, else its number) and
+        `reason`.
+
     Raises:
-        ValueError: the file is missing or a line is not as it should be; the message gives its number.
+        ValueError: the file is missing or lists nothing.
     """
+    example = 'write one line a file, such as {"file": "cat.mp4", "caption": "a cat jumps"}.'
     if not path.is_file():
-        raise ValueError(
-            f'{path} is missing: write one line a file, such as {{"file": "cat.mp4", "caption": "a cat jumps"}}.'
-        )
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        raise ValueError(f"{path} is missing: {example}")
+    entries, skipped = [], []
+    # Bytes, since only these are lines to JSON: text has other separators, which may stand in a caption.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
+        place, entry = f"{path.name}, line {number}", None
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
+            _check_entry(entry)
+        except UnicodeDecodeError as error:
+            skipped.append({"file": place, "reason": f"not UTF-8: byte {error.start} of the line: {error.reason}"})
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        _check_entry(entry, f"{path}, line {number}")
-        entries.append(entry)
-    return entries
+            skipped.append({"file": place, "reason": f"not JSON: {error}"})
+        except ValueError as error:
+            file = entry.get("file") if isinstance(entry, dict) else None
+            file = file if isinstance(file, str) and file else place
+            skipped.append({"file": file, "reason": f"bad line: {place}: {error}"})
+        else:
+            entries.append(entry)
+    if not entries and not skipped:
+        raise ValueError(f"{path} lists nothing: {example}")
+    return entries, skipped
 
 
-def _check_entry(entry: Any, place: str) -> None:
+def _check_entry(entry: Any) -> None:
     """Raises ValueError unless a line has the keys it needs, no other, and strings for values."""
     if not isinstance(entry, dict) or not {"file", "caption"} <= set(entry) <= {"file", "caption", "split"}:
-        raise ValueError(f"{place}: expected an object with file, caption and perhaps split, got {entry!r}.")
+        raise ValueError(f"expected an object with file, caption and perhaps split, got {entry!r}")
     for key, value in entry.items():
         if not isinstance(value, str) or (key != "caption" and not value):
-            raise ValueError(f"{place}: {key} must be a string, got {value!r}.")
+            raise ValueError(f"{key} must be a string, got {value!r}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{key} must be whole Unicode characters, got half a pair in {value!r}")
     if "split" in entry and not _SPLIT_NAME.fullmatch(entry["split"]):
-        raise ValueError(f"{place}: split must be letters, digits and underscores, got {entry['split']!r}.")
+        raise ValueError(f"split must be letters, digits and underscores, got {entry['split']!r}")
 
 
 def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], list[dict[str, str]]]:
@@ -74,27 +93,27 @@ def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], 
     Args:
         source: the folder.
         unseen_share: share of the distinct captions (drawn by their text) whose files make the split `unseen`, where
-            no line names a split; the others make `train`.
+            no line names a split; the others make `train`, which keeps one caption at least (with a warning).
 
     Returns:
-        The tasks and the files left out, as `file` and `reason`.
+        The tasks and what is left out (files, and lines of the manifest), as `file` and `reason`.
 
     Raises:
-        ValueError: the folder or its manifest is missing or malformed, or `unseen_share` is out of range.
+        ValueError: the folder or its manifest is missing, the manifest is empty, or `unseen_share` is out of range.
     """
     if not 0 <= unseen_share < 1:
         raise ValueError(f"unseen_share must be at least 0 and below 1, got {unseen_share}.")
     root = epath.Path(source)
     if not root.is_dir():
         raise ValueError(f"source: {source} is not a directory.")
-    entries = read_manifest(root / MANIFEST)
+    entries, skipped = read_manifest(root / MANIFEST)
     named = any("split" in entry for entry in entries)
     present = {
         str(path.relative_to(root))
         for path in _files(root)
         if path.name != MANIFEST and not any(part.startswith(".") for part in path.relative_to(root).parts)
     }
-    tasks, skipped, seen = [], [], set()
+    tasks, seen, bad = [], set(), {entry["file"].removeprefix("./") for entry in skipped}
     for entry in entries:
         name = entry["file"].removeprefix("./")
         if name in seen:
@@ -106,7 +125,12 @@ def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], 
             split = entry.get("split", "unseen" if unseen else "train")
             tasks.append(ClipTask(len(tasks), name, str(root / name), entry["caption"], split))
         seen.add(name)
-    skipped += [{"file": f, "reason": f"no caption: {MANIFEST} does not list it"} for f in sorted(present - seen)]
+    unlisted = sorted(present - seen - bad)
+    skipped += [{"file": f, "reason": f"no caption: {MANIFEST} does not list it"} for f in unlisted]
+    if tasks and not named and all(task.split == "unseen" for task in tasks):
+        kept = max((task.caption for task in tasks), key=_draw)  # which a smaller share would leave in train too
+        warnings.warn(f"all captions were drawn for the split unseen; {kept!r} stays in train.", stacklevel=2)
+        tasks = [dataclasses.replace(task, split="train") if task.caption == kept else task for task in tasks]
     return tasks, skipped
 
 
