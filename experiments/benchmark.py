@@ -16,7 +16,8 @@ import sys
 
 import tyro
 from benchmarks import data, packing, samplers
-from etils import epath
+
+from sora_jax.generation.video_io import check_writable, write_whole
 
 SUITES = {
     "packing": (packing.PackingOptions, packing.run),
@@ -31,12 +32,12 @@ def main(argv: list[str]) -> int:
         options = tyro.extras.subcommand_cli_from_dict(
             {name: suite for name, (suite, _) in SUITES.items()}, args=argv, description=__doc__
         )
-        if options.json is not None and not epath.Path(options.json).parent.is_dir():
-            raise ValueError(f"json {str(options.json)!r} is to lie in a directory that does not exist.")
+        if options.json is not None:
+            check_writable("--json", options.json)
         suite = next(run for kind, run in SUITES.values() if isinstance(options, kind))
         figures = suite(options)
         if options.json is not None:
-            epath.Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+            write_whole(options.json, (json.dumps(figures, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

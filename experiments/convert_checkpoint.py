@@ -25,7 +25,7 @@ from rich.table import Table
 
 from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.minilm import convert_minilm
-from sora_jax.generation.video_io import write_whole
+from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.training.checkpoint import export_model, load_model
 
 
@@ -124,8 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
     try:
+        check_writable("--output", command.output, directory=True)
+        if command.json is not None:
+            check_writable("--json", command.json)
         result = command.run()
-        if command.json:
+        if command.json is not None:
             write_whole(command.json, (json.dumps(result, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)

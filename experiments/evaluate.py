@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from sora_jax.evaluation.efficientnet import feature_function
 from sora_jax.evaluation.nearest import clip_distances, frame_difference
 from sora_jax.generation.pipeline import SoraPipeline
 from sora_jax.generation.progress import ProgressBar
-from sora_jax.generation.video_io import contact_sheet, write_image, write_whole
+from sora_jax.generation.video_io import check_writable, contact_sheet, write_image, write_whole
 
 SHEET_FRAMES = 4  # of a clip, and of its sample
 
@@ -95,14 +96,21 @@ class NearestOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.num_frames or min(self.num_frames) < 1:
             raise ValueError(f"num_frames must be at least 1 each, got {self.num_frames}.")
-        if self.fps is not None and not self.fps > 0:
+        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
             raise ValueError(f"fps must be positive, got {self.fps}.")
         if self.long_side is not None and self.long_side < 1:
             raise ValueError(f"long_side must be at least 1, got {self.long_side}.")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}.")
 
 
 def nearest(options: NearestOptions) -> None:
     """Samples, measures, prints a table and writes the sheet."""
+    check_writable("--output", options.output, directory=True)
+    if options.json is not None:
+        check_writable("--json", options.json)
     features = feature_function(load_efficientnet(options.weights), batch_size=options.frames_per_clip)
     pipeline = SoraPipeline.from_pretrained(options.checkpoint)
     config = pipeline.config

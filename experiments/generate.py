@@ -74,6 +74,9 @@ def main(options: GenerateOptions) -> None:
     from sora_jax.generation.pipeline import SoraPipeline
     from sora_jax.generation.progress import ProgressBar
 
+    video_io.check_writable("--output", options.output, directory=True)
+    if options.json is not None:
+        video_io.check_writable("--json", options.json)
     pipeline = SoraPipeline.from_pretrained(options.checkpoint)
     sample = pipeline.config.sample
     shapes = {

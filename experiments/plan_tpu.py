@@ -24,6 +24,7 @@ import tyro
 from train import config_names, load_config
 
 from sora_jax.config import ExperimentConfig
+from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.training.plan import GIB, MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
 
 
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     try:
         arguments = parse(argv)
-        if arguments.json is not None and not arguments.json.parent.is_dir():
-            raise ValueError(f"--json {str(arguments.json)!r} is to lie in a directory that does not exist.")
+        if arguments.json is not None:
+            check_writable("--json", arguments.json)
         jax.config.update("jax_platforms", "cpu")  # the compiler runs here; a chip that is here stays free
         with rich.console.Console(stderr=True).status(f"compiling for {arguments.topology}"):
             plan = plan_step(arguments.config, arguments.topology)
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 2 if isinstance(error, ValueError) else 1
     rich.console.Console().print(plan_table(arguments.name, plan))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        write_whole(arguments.json, (json.dumps(dataclasses.asdict(plan), indent=2) + "\n").encode())
     return 0 if plan.total_bytes <= plan.hbm_bytes else 1
 
 

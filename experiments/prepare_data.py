@@ -30,7 +30,7 @@ from rich.table import Table
 
 from sora_jax.data.builders import clip_dataset, fluent_emoji, folder
 from sora_jax.data.builders.parts import Encoding
-from sora_jax.data.records import write_atomically
+from sora_jax.generation.video_io import check_writable, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +161,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, description=__doc__)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        check_writable("--output", command.output, directory=True)
+        if command.json is not None:
+            check_writable("--json", command.json)
         report = command.run()
-        if command.json:
-            write_atomically(epath.Path(command.json), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if command.json is not None:
+            write_whole(command.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
         print(f"prepare_data.py: error: {error}", file=sys.stderr)
         return 1

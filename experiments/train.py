@@ -33,6 +33,7 @@ from etils import epath
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
+from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.parallel.mesh import MESH_AXES, check_batch_size, mesh_shape
 from sora_jax.parallel.multihost import first_process_first
 from sora_jax.parallel.rules import param_shardings
@@ -93,6 +94,11 @@ def parse(argv: list[str]) -> Arguments:
             unusable("--data.path is needed, the directory of a prepared data set (experiments/prepare_data.py).")
         if arguments.json:
             unusable("--json belongs to --dry-run; a run writes its figures to WORKDIR/metrics.jsonl.")
+    elif arguments.json is not None:
+        try:
+            check_writable("--json", arguments.json)
+        except ValueError as error:
+            unusable(str(error))
     return arguments
 
 
@@ -156,8 +162,8 @@ def dry_run(arguments: Arguments) -> int:
     if needed != num_devices:
         table.add_row("devices", f"{needed} needed, {num_devices} here")
     rich.console.Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.json is not None:
+        write_whole(arguments.json, (json.dumps(figures, indent=2) + "\n").encode())
     return 0
 
 

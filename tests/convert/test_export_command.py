@@ -41,6 +41,12 @@ def test_export_halves_a_model(main, tmp_path, capsys):
     assert "model.safetensors" in capsys.readouterr().out
 
 
+def test_where_nothing_can_be_written_is_named_before_the_run_is_read(main, tmp_path, capsys):
+    for option, other in (("--output", []), ("--json", ["--output", str(tmp_path / "out")])):
+        assert main(["export", "--source", str(tmp_path / "no_run"), option, "/dev/null/x", *other]) == 1
+        assert f"{option} '/dev/null/x' cannot be written" in capsys.readouterr().err
+
+
 def test_export_of_nothing(main, tmp_path, capsys):
     assert main(["export", "--source", str(tmp_path / "no_run"), "--output", str(tmp_path / "out")]) == 1
     assert "no run, checkpoint or exported model at" in capsys.readouterr().err

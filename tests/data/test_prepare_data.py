@@ -77,7 +77,7 @@ def test_archives_become_a_data_set_and_a_report(script, packages, tmp_path, cap
 
 
 def test_limit_and_no_stills(script, packages, tmp_path):
-    report_file = tmp_path / "report.json"
+    report_file = tmp_path / "new" / "report.json"
     arguments = ("--packages", str(packages), "--limit", "3", "--no-stills", "--json", str(report_file))
     assert script.main(emoji_command(tmp_path / "out", *arguments)) == 0
     counts = json.loads(report_file.read_text())["splits"].values()
@@ -194,6 +194,8 @@ def test_a_crash_while_records_are_written_leaves_none(script, pictures, tmp_pat
         (["--max-side", "0"], "max_side must be at least 1, got 0"),
         (["--num-workers", "-1"], "num_workers must be at least 0, got -1"),
         (["--source", "/absent"], "/absent is not a directory"),
+        (["--source", "/absent", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),
+        (["--source", "/absent", "--output", "/dev/null"], "--output '/dev/null' cannot be written"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(script, pictures, tmp_path, capsys, arguments, message):

@@ -133,12 +133,23 @@ def test_clips_that_share_a_caption_all_count():
         (dict(num_captions=0), "num_captions must be at least 1, got 0"),
         (dict(num_frames=(4, 0)), "num_frames must be at least 1 each"),
         (dict(fps=-1.0), "fps must be positive"),
+        (dict(fps=float("inf")), "fps must be positive, got inf"),
         (dict(long_side=0), "long_side must be at least 1"),
+        (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+        (dict(guidance_scale=float("nan")), "guidance_scale must be finite, got nan"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         evaluate.NearestOptions(weights="x", **options)
+
+
+@pytest.mark.parametrize("changes", [dict(output="file"), dict(json=pathlib.Path("file/x.json"))])
+def test_where_nothing_can_be_written_is_named_before_the_weights_are_read(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"--{next(iter(changes))} .* 'file' is a file, not a directory"):
+        evaluate.nearest(evaluate.NearestOptions(weights="absent", **changes))
 
 
 def test_missing_weights_are_an_error_before_anything_else(tmp_path):

@@ -257,7 +257,7 @@ def test_a_reader_counts_from_its_restart():
         (["packing", "--config", "sora_huge"], "no config 'sora_huge'"),
         (["data", "--num-steps", "0"], "num_steps must be at least 1, got 0"),
         (["data", "--data.path", "nowhere"], "'nowhere' holds no prepared TFDS data set"),
-        (["data", "--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
+        (["data", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),
     ],
 )
 def test_bad_input_is_named(argv, message, capsys):

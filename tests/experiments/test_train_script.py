@@ -32,6 +32,7 @@ def script():
         (["--dry-run"], "CONFIG comes first"),
         (["sora_nano"], "--workdir is needed"),
         (["sora_nano", "--workdir", "runs/x"], "--data.path is needed"),
+        (["sora_nano", "--dry-run", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),
     ],
 )
 def test_unusable_command_lines(script, capsys, tmp_path, monkeypatch, arguments, message):
@@ -81,9 +82,9 @@ def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
         "    patch = PatchConfig(size=(1, 2, 2), channels=16)\n"
         "    return ExperimentConfig(model=model, data=data, patch=patch, mesh=MeshConfig(data=-1, fsdp=32))\n"
     )
-    arguments = [str(tmp_path / "large.py"), "--dry-run", "--json", str(tmp_path / "plan.json")]
+    arguments = [str(tmp_path / "large.py"), "--dry-run", "--json", str(tmp_path / "new" / "plan.json")]
     assert script.main(arguments) == 0
-    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan = json.loads((tmp_path / "new" / "plan.json").read_text())
     assert set(plan) == {"num_params", "tokens_per_step", "flops_per_step", "mesh"}
     assert 14.0e9 < plan["num_params"] < 14.6e9
     assert plan["tokens_per_step"] == 64 * 32768

@@ -99,6 +99,15 @@ def test_bad_options_are_named_and_write_nothing(checkpoint, tmp_path, changes, 
     assert not output.exists()
 
 
+@pytest.mark.parametrize("changes", [dict(output="file"), dict(json=pathlib.Path("file/x.json"))])
+def test_where_nothing_can_be_written_is_named_before_the_model_is_loaded(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    options = generate.GenerateOptions(prompt=("frog",), checkpoint="absent", **changes)
+    with pytest.raises(ValueError, match=f"--{next(iter(changes))} .* 'file' is a file, not a directory"):
+        generate.main(options)
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [

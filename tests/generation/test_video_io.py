@@ -1,9 +1,18 @@
+import os
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.generation.video_io import contact_sheet, viewing_scale, write_image, write_video
+from sora_jax.generation.video_io import (
+    check_writable,
+    contact_sheet,
+    viewing_scale,
+    write_image,
+    write_video,
+    write_whole,
+)
 
 
 def coloured(num_frames, height, width):
@@ -52,6 +61,25 @@ def test_bad_frames_write_nothing(tmp_path):
     with pytest.raises(ValueError, match="fps must be positive, got 0"):
         write_video(tmp_path / "clip.mp4", coloured(2, 8, 8), 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_files_can_be_written_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path, directory in (("new/deep/x.json", False), ("file", False), ("new/deep", True), (".", True)):
+        check_writable("--json", tmp_path / path, directory)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for path, directory in (("file", True), ("file/x.json", False), ("file/deep/x.json", False)):
+        with pytest.raises(ValueError, match=rf"--json '.*{path}' cannot be written: '.*/file' is a file"):
+            check_writable("--json", tmp_path / path, directory)
+    with pytest.raises(ValueError, match="is a directory; name a file"):
+        check_writable("--json", tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path))
+    with pytest.raises(ValueError, match=f"no permission to write in '{tmp_path}'"):
+        check_writable("--json", tmp_path / "new" / "x.json")
+
+
+def test_a_file_is_written_into_a_new_directory(tmp_path):
+    assert write_whole(tmp_path / "new" / "deep" / "x.json", b"{}").read_bytes() == b"{}"
 
 
 def test_sheet_has_a_row_a_clip_and_frames_across():

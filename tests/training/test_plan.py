@@ -69,7 +69,7 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     [
         ((), "CONFIG comes first, one of"),
         (("no_such", "--topology", "v5e:2x4"), "no config 'no_such'"),
-        (("sora_nano", "--topology", "v5e:2x4", "--json", "no/such/folder.json"), "--json 'no/such/folder.json'"),
+        (("sora_nano", "--topology", "v5e:2x4", "--json", "/dev/null/x.json"), "--json '/dev/null/x.json' cannot be"),
     ],
 )
 def test_an_unusable_command_line_is_one_line(arguments, message):

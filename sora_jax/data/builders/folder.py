@@ -62,7 +62,7 @@ def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str
         except UnicodeDecodeError as error:
             skipped.append({"file": place, "reason": f"not UTF-8: byte {error.start} of the line: {error.reason}"})
         except json.JSONDecodeError as error:
-            skipped.append({"file": place, "reason": f"not JSON: {error}"})
+            skipped.append({"file": place, "reason": f"not JSON: {error.msg}, column {error.colno}"})
         except ValueError as error:
             file = entry.get("file") if isinstance(entry, dict) else None
             file = file if isinstance(file, str) and file else place
