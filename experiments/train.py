@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import sys
+import traceback
 from typing import Annotated, Any, NoReturn
 
 import jax
@@ -117,7 +118,8 @@ def load_config(name: str) -> ExperimentConfig:
     """Returns the config that a name or a path stands for.
 
     Raises:
-        ValueError: there is no such config, or its file has no function `config` that returns one.
+        ValueError: there is no such config, its file cannot be run (naming the line), or it has no function `config`
+            that returns one.
     """
     path = pathlib.Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
@@ -125,8 +127,15 @@ def load_config(name: str) -> ExperimentConfig:
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses defined in the file look themselves up
-    spec.loader.exec_module(module)
-    config = module.config() if callable(getattr(module, "config", None)) else None
+    try:
+        spec.loader.exec_module(module)
+        config = module.config() if callable(getattr(module, "config", None)) else None
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
+    except Exception as error:  # whatever it is, it comes from the file
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        place = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ExperimentConfig):
         raise ValueError(f"{path} must have a function `config() -> ExperimentConfig`.")
     return config
@@ -267,10 +276,21 @@ def without_missing_splits(config: ExperimentConfig, console: rich.console.Conso
     return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
 
 
+def join_hosts() -> None:
+    """Makes this process one of several hosts; ValueError where nothing says which the others are."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"--multihost: {error} Nothing here (TPU pod, Slurm, Open MPI, Kubernetes) says which the other hosts are; "
+            "on one machine leave --multihost out."
+        ) from error
+
+
 def run(arguments: Arguments) -> int:
     """Trains; returns the exit code."""
     if arguments.multihost:
-        jax.distributed.initialize()
+        join_hosts()
     from sora_jax.training import run_directory
     from sora_jax.training.loop import Outcome, train
 

@@ -104,6 +104,40 @@ def test_a_config_file_must_have_a_function_config(script, capsys, tmp_path):
     assert "must have a function `config() -> ExperimentConfig`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def config()\n    return 3\n", "values.py, line 1: expected ':'."),
+        ("import no_such_module\n", "values.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "from sora_jax.config import DataConfig\n\ndef config():\n    return DataConfig(bach_size=3)\n",
+            "values.py, line 4: TypeError: DataConfig.__init__() got an unexpected keyword argument 'bach_size'",
+        ),
+        (
+            "from sora_jax.config import DataConfig\n\ndef config():\n    return DataConfig(batch_size=0)\n",
+            "values.py, line 4: ValueError: DataConfig.batch_size must be",
+        ),
+    ],
+)
+def test_a_config_file_that_cannot_be_run_names_the_line(script, capsys, tmp_path, text, message):
+    (tmp_path / "values.py").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([str(tmp_path / "values.py"), "--dry-run"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and str(tmp_path) in error and len(error.splitlines()) == 1
+
+
+def test_several_hosts_that_nothing_names_are_an_error(script, capsys, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    assert script.main(["sora_nano", "--workdir", "runs/x", "--data.path", "data", "--multihost"]) == 1
+    assert "--multihost: coordinator_address should be defined." in (error := capsys.readouterr().err)
+    assert "on one machine leave --multihost out" in error
+
+
 def test_held_out_splits_that_the_data_lacks_are_left_out_and_named(script, capsys, monkeypatch):
     monkeypatch.setattr("sora_jax.data.sources.split_names", lambda path: ["train", "unseen"])
     config = script.without_missing_splits(ExperimentConfig(), rich.console.Console(stderr=True))
