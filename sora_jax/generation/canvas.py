@@ -47,14 +47,21 @@ class ClipRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a string, got {self.prompt!r}.")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise ValueError(f"prompt must be text in UTF-8, got {self.prompt!r}.")
         for name in ("num_frames", "height", "width"):
             value = getattr(self, name)
-            if value != int(value) or value < 1:
+            if not is_number(value, np.integer) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if not (self.fps > 0 and math.isfinite(self.fps)):
+        if not is_number(self.fps) or not (self.fps > 0 and math.isfinite(self.fps)):
             raise ValueError(f"fps must be positive, got {self.fps!r}.")
-        if self.seed != int(self.seed) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
+        if not is_number(self.seed, np.integer) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be a whole number of at least 0 and below 2**32, got {self.seed!r}.")
+
+
+def is_number(value: Any, kind: type = np.number) -> bool:
+    """Returns whether `value` is a single number, of a `kind` of NumPy's."""
+    return np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, kind)
 
 
 def make_requests(prompts: Sequence[str], seed: int | Sequence[int], **values: Any) -> list[ClipRequest]:
@@ -72,8 +79,8 @@ def make_requests(prompts: Sequence[str], seed: int | Sequence[int], **values: A
         raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}.")
     if not prompts:
         raise ValueError("prompts is empty: give at least one prompt.")
-    seeds = [seed + i for i in range(len(prompts))] if np.ndim(seed) == 0 else list(seed)
-    columns = {"seed": seeds}
+    columns = {}
+    values["seed"] = [seed + i for i in range(len(prompts))] if is_number(seed, np.integer) else seed
     for name, value in values.items():
         columns[name] = [value] * len(prompts) if np.ndim(value) == 0 else list(value)
     for name, column in columns.items():

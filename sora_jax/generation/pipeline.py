@@ -23,7 +23,7 @@ from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sample, sample_chunk, start
 from sora_jax.diffusion.schedules import flow_times
-from sora_jax.generation.canvas import ClipRequest, blank_segment, make_requests, pack_canvas, unpack_clips
+from sora_jax.generation.canvas import ClipRequest, blank_segment, is_number, make_requests, pack_canvas, unpack_clips
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
@@ -161,7 +161,9 @@ class SoraPipeline:
         scale = sample.guidance_scale if guidance_scale is None else guidance_scale
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
-        if not np.isfinite(scale):
+        if not is_number(num_steps, np.integer):
+            raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}.")
+        if not is_number(scale) or not np.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale!r}.")
         times = flow_times(num_steps)
         return [to_pixels(clip) for clip in self.sample(requests, times, float(scale), sampler, progress)]

@@ -210,6 +210,8 @@ def test_left_out_arguments_are_the_models_own(pipeline, tiny_config):
     "changes, message",
     [
         (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+        (dict(num_steps=2.5), "num_steps must be a whole number of at least 1, got 2.5"),
+        (dict(guidance_scale="x"), "guidance_scale must be finite, got 'x'"),
         (dict(sampler="plms"), r"sampler must be one of euler, heun, dpm\+\+, .*, got 'plms'"),
         (dict(guidance_scale=float("inf")), "guidance_scale must be finite"),
         (dict(width=10), "width must be a multiple of the patch's 4, got 10; 8 or 12 would work"),
