@@ -83,6 +83,8 @@ def main(options: GenerateOptions) -> None:
         name: one_or_each(name, getattr(options, name), getattr(sample, name), len(prompts))
         for name in ("num_frames", "height", "width", "fps")
     }
+    for length, height, width, fps in zip(*shapes.values(), strict=True):
+        check_file(length, height, width, fps, options.scale)
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             print(f"prompt {number} is empty: its clip is unconditional.")
@@ -135,7 +137,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = options.prompts_file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts-file {options.prompts_file} cannot be read: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]
@@ -150,6 +152,19 @@ def one_or_each(name: str, values: tuple, default: float, count: int) -> list:
         option = name.replace("_", "-")
         raise ValueError(f"--{option} has {len(values)} values for {count} prompts; give one, or one for each prompt.")
     return list(values) if len(values) == count and count > 1 else [values[0] if values else default] * count
+
+
+def check_file(length: int, height: int, width: int, fps: float, scale: int | None) -> None:
+    """Raises ValueError, naming the option, where a clip could be sampled but not be written to a file."""
+    from sora_jax.generation import video_io
+
+    try:
+        if scale is not None:
+            video_io.viewing_scale(height, width, scale)
+        if length > 1 and fps > 0:
+            video_io.frame_rate(fps)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def slug(prompt: str) -> str:

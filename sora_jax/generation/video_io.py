@@ -12,6 +12,8 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 VIEWING_SIZE = 256  # small clips are enlarged to a long side of at least this, in pixels
+LONGEST_SIDE = 16_384  # that H.264's encoder takes, in pixels
+SLOWEST, FASTEST = 0.01, 1000.0  # frames a second that stand in an mp4 to within a thousandth
 MARGIN = 4
 FONT_SIZE = 14
 
@@ -20,13 +22,24 @@ def viewing_scale(height: int, width: int, scale: int | None = None) -> int:
     """Returns the whole factor that a clip is enlarged by: `scale`, or what makes its long side `VIEWING_SIZE`.
 
     Raises:
-        ValueError: a `scale` below 1.
+        ValueError: a `scale` below 1, or one that makes the long side longer than `LONGEST_SIDE`.
     """
+    long_side = max(height, width)
     if scale is None:
-        return max(1, -(-VIEWING_SIZE // max(height, width)))
+        return max(1, -(-VIEWING_SIZE // long_side))
     if scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, got {scale}.")
+    if scale > 1 and scale * long_side > LONGEST_SIDE:
+        most = max(1, LONGEST_SIDE // long_side)
+        raise ValueError(f"scale must be at most {most} for {height} x {width} pixels, got {scale}.")
     return scale
+
+
+def frame_rate(fps: float) -> Fraction:
+    """Returns frames a second as a video stores them; ValueError outside `SLOWEST` to `FASTEST`."""
+    if not SLOWEST <= fps <= FASTEST:
+        raise ValueError(f"fps must be between {SLOWEST:g} and {FASTEST:g} in a video, got {fps:g}.")
+    return Fraction(fps).limit_denominator(1001)
 
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
@@ -41,18 +54,16 @@ def write_video(path: str | epath.PathLike, frames: np.ndarray, fps: float, scal
         path: ends in .mp4; its directory is made.
         frames: (T, H, W, 3) uint8. An odd height or width is filled up by repeating the last row or column, because
             4:2:0 halves the colours.
-        fps: frames a second.
+        fps: frames a second, `SLOWEST` to `FASTEST`.
         scale: factor by which pixels are repeated (None: so that the long side is at least `VIEWING_SIZE`).
 
     Returns:
         The path.
 
     Raises:
-        ValueError: frames of another shape or dtype, none at all, a rate that is not positive, or a bad scale.
+        ValueError: frames of another shape or dtype, none at all, a rate out of range, or a bad scale.
     """
-    frames = _check_frames(frames)
-    if not fps > 0:
-        raise ValueError(f"fps must be positive, got {fps}.")
+    frames, rate = _check_frames(frames), frame_rate(fps)
     import av
 
     frames = enlarge(frames, viewing_scale(*frames.shape[1:3], scale))
@@ -60,7 +71,7 @@ def write_video(path: str | epath.PathLike, frames: np.ndarray, fps: float, scal
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -70,9 +70,9 @@ def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, c
 
 def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("red heart\n\n  rocket \n", encoding="utf-8")
+    path.write_text("red heart\n\n  rocket \r\ntwo\u2028halves\n", encoding="utf-8-sig")
     options = generate.GenerateOptions(prompt=("frog",), prompts_file=path)
-    assert generate.read_prompts(options) == ["frog", "red heart", "rocket"]
+    assert generate.read_prompts(options) == ["frog", "red heart", "rocket", "two\u2028halves"]
 
 
 def test_a_prompt_beyond_the_text_budget_is_cut_with_a_warning(checkpoint, tmp_path):
@@ -88,7 +88,9 @@ def test_a_prompt_beyond_the_text_budget_is_cut_with_a_warning(checkpoint, tmp_p
         (dict(num_frames=(1, 2)), "--num-frames has 2 values for 1 prompts"),
         (dict(num_steps=0), "num_steps must be at least 1, got 0"),
         (dict(scale=0), "--scale must be a whole number of at least 1, got 0"),
+        (dict(scale=2049), "--scale must be at most 2048 for 8 x 8 pixels, got 2049"),
         (dict(fps=(0.0,)), "fps must be positive, got 0"),
+        (dict(fps=(0.0004,)), "--fps must be between 0.01 and 1000 in a video, got 0.0004"),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(checkpoint, tmp_path, changes, message):

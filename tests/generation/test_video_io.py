@@ -1,4 +1,5 @@
 import os
+import re
 
 import av
 import numpy as np
@@ -45,6 +46,18 @@ def test_small_clips_are_shown_large():
         viewing_scale(48, 32, 0)
 
 
+@pytest.mark.parametrize("fps", (0.01, 0.0123, 0.7, 23.976, 997.3, 1000.0))
+def test_an_mp4_tells_the_rate_that_was_asked_for(tmp_path, fps):
+    with av.open(str(write_video(tmp_path / "clip.mp4", coloured(2, 8, 8), fps, 1))) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-3)
+
+
+def test_the_largest_scale_is_what_the_encoder_takes(tmp_path):
+    write_video(tmp_path / "clip.mp4", coloured(1, 1, 1024), 8.0, 16)
+    with pytest.raises(ValueError, match="scale must be at most 16 for 1 x 1024 pixels, got 17"):
+        write_video(tmp_path / "clip.mp4", coloured(1, 1, 1024), 8.0, 17)
+
+
 def test_png_holds_the_very_pixels(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     read = np.asarray(Image.open(write_image(tmp_path / "a.png", image)))
@@ -58,8 +71,11 @@ def test_bad_frames_write_nothing(tmp_path):
     for frames in (np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3))):
         with pytest.raises(ValueError, match="frames must be"):
             write_video(tmp_path / "clip.mp4", frames, 8.0)
-    with pytest.raises(ValueError, match="fps must be positive, got 0"):
-        write_video(tmp_path / "clip.mp4", coloured(2, 8, 8), 0)
+    for fps in (0, 0.0004, float("nan"), 1e12):
+        with pytest.raises(
+            ValueError, match=f"fps must be between 0.01 and 1000 in a video, got {re.escape(f'{fps:g}')}"
+        ):
+            write_video(tmp_path / "clip.mp4", coloured(2, 8, 8), fps)
     assert not list(tmp_path.iterdir())
 
 
