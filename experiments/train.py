@@ -85,9 +85,12 @@ def parse(argv: list[str]) -> Arguments:
             unusable(str(error))
     elif argv and not {"-h", "--help"} & set(argv):
         unusable(f"CONFIG comes first, one of {', '.join(config_names())} or the path of a Python file.")
-    arguments = tyro.cli(
-        Arguments, args=argv, description=__doc__, default=Arguments(name=tyro.MISSING, config=default)
-    )
+    try:
+        arguments = tyro.cli(
+            Arguments, args=argv, description=__doc__, default=Arguments(name=tyro.MISSING, config=default)
+        )
+    except ValueError as error:  # of the config as a whole; tyro itself reports those of its parts
+        unusable(str(error))
     if not arguments.dry_run:
         if arguments.workdir is None:
             unusable("--workdir is needed, the directory of the run (or --dry-run).")

@@ -254,7 +254,7 @@ class SampleConfig:
 
     Attributes:
         prompts: one clip each.
-        num_frames, height, width, fps: of the clips.
+        num_frames, height, width, fps: of the clips; the patch divides height and width.
         num_steps: Euler steps.
         guidance_scale: of classifier-free guidance; 1 is none.
     """
@@ -309,6 +309,15 @@ class ExperimentConfig:
             check(getattr(self, field) >= 1, self, field, "at least 1")
         for field in ("eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
+        for field, patch in zip(("height", "width"), self.patch.size[1:], strict=True):
+            value = getattr(self.sample, field)
+            if value % patch:
+                above = (value // patch + 1) * patch
+                works = f"{above - patch} or {above}" if value > patch else f"{above}"
+                raise ValueError(
+                    f"sample.{field} must be a multiple of the {patch} pixels of patch.size {self.patch.size}, "
+                    f"got {value}; {works} would work."
+                )
 
 
 def to_json(config: Any) -> str:

@@ -59,6 +59,12 @@ def test_json_is_read_strictly(changes, message):
         (c.OptimizerConfig, {"ema_decay": 1.0}, r"ema_decay must be at least 0 and below 1, got 1\.0"),
         (c.MeshConfig, {"fsdp": -1}, r"fsdp must be given where data is -1"),
         (c.ExperimentConfig, {"num_steps": 0}, r"ExperimentConfig.num_steps must be at least 1, got 0"),
+        (
+            c.ExperimentConfig,
+            {"sample": c.SampleConfig(height=50)},
+            r"sample.height must be a multiple of the 8 pixels .* got 50; 48 or 56 would work",
+        ),
+        (c.ExperimentConfig, {"patch": c.PatchConfig((2, 48, 64))}, r"sample.width .* got 48; 64 would work"),
     ],
 )
 def test_a_bad_value_names_field_value_and_what_is_allowed(cls, changes, message):

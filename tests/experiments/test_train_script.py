@@ -28,6 +28,8 @@ def script():
         (["sora_nano", "--dry-run", "--model.width", "65"], "divisor of width"),
         (["sora_nano", "--dry-run", "--data.still-share", "2"], "still_share must be between 0 and 1"),
         (["sora_nano", "--dry-run", "--flow.prediction", "noise"], "noise"),
+        (["sora_nano", "--dry-run", "--num-steps", "0"], "num_steps must be at least 1, got 0"),
+        (["sora_nano", "--dry-run", "--sample.height", "50"], "sample.height must be a multiple of the 8 pixels"),
         (["nothing_like_it", "--dry-run"], "no config 'nothing_like_it': give one of"),
         (["--dry-run"], "CONFIG comes first"),
         (["sora_nano"], "--workdir is needed"),
