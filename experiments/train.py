@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -294,19 +295,21 @@ def run(arguments: Arguments) -> int:
     """Trains; returns the exit code."""
     if arguments.multihost:
         join_hosts()
+    from sora_jax.data.pipeline import check_channels
     from sora_jax.training import run_directory
     from sora_jax.training.loop import Outcome, train
 
+    check_channels(arguments.config.patch)  # before the captions are encoded, which takes a while
     console = rich.console.Console(stderr=True)
     config = without_missing_splits(arguments.config, console)
     workdir = epath.Path(arguments.workdir)
     done = run_directory.done_step(workdir)
     if done is None or config.num_steps > done:
-        captions = caption_table(config, workdir, console)
+        captions = functools.cache(lambda: caption_table(config, workdir, console))  # once all else has been checked
         outcome = train(
             config,
             workdir,
-            lambda split, training: open_batches(config, captions, split, training),
+            lambda split, training: open_batches(config, captions(), split, training),
             init_from=arguments.init_from,
             sample_sheet=SampleSheet(config),
             attention_for=lambda mesh: attention_for(config, mesh),

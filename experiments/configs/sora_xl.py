@@ -1,7 +1,9 @@
 """Sora-XL (width 1152, depth 28) on latents of 16 channels in patches of 1x2x2, for eight chips.
 
-    python experiments/train.py sora_xl --data.path DATA --workdir gs://BUCKET/sora_xl
     python experiments/plan_tpu.py sora_xl --topology v5e:2x4
+
+Nothing here prepares such latents or decodes them to pixels: the step can be planned and compiled, and train.py refuses
+to run it on pixels.
 
 Hardware: TPU v5e-8. Parameters, optimizer and batch are all split over the eight chips (`mesh.fsdp`).
 """
@@ -21,4 +23,5 @@ def config() -> ExperimentConfig:
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, ema_decay=0.9999),
         mesh=MeshConfig(data=1, fsdp=8),
         num_steps=400_000,
+        sample_every=0,
     )

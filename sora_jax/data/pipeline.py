@@ -25,6 +25,7 @@ from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
 
 _LOGGER = logging.getLogger(__name__)
+RGB = 3  # channels of a decoded clip
 
 
 @dataclasses.dataclass
@@ -229,9 +230,10 @@ def make_pipeline(
         process_count: number of hosts.
 
     Raises:
-        ValueError: no such data, or shards that cannot be shared out among the hosts or have no clips. The iterator
-            raises it where no clip fits a row, naming what to change.
+        ValueError: patches of latents, no such data, or shards that cannot be shared out among the hosts or have no
+            clips. The iterator raises it where no clip fits a row, naming what to change.
     """
+    check_channels(patch)
     source = open_source(data.path, split or data.split)
     if not training:
         data = dataclasses.replace(data, caption_dropout=0.0, num_workers=0)
@@ -245,6 +247,14 @@ def make_pipeline(
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def check_channels(patch: PatchConfig) -> None:
+    """Raises ValueError where patches are of something else than the RGB pixels that clips are decoded to."""
+    if patch.channels != RGB:
+        raise ValueError(
+            f"patch.channels must be the {RGB} of RGB pixels, which is all that the data holds, got {patch.channels}."
+        )
 
 
 def _open_shard(

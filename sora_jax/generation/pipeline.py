@@ -56,7 +56,7 @@ class SoraPipeline:
         tokens_per_batch: most tokens that one device samples at once; more clips are sampled batch after batch.
 
     Raises:
-        ValueError: a text encoder of another width than the model reads.
+        ValueError: a model of latents rather than pixels, or a text encoder of another width than it reads.
     """
 
     def __init__(
@@ -67,6 +67,10 @@ class SoraPipeline:
         devices: Sequence[jax.Device] | None = None,
         tokens_per_batch: int = 16_384,
     ):
+        if config.patch.channels != 3:
+            raise ValueError(
+                f"patch.channels must be 3 to make RGB pixels, got {config.patch.channels}: nothing decodes latents."
+            )
         if text_encoder.dim != config.model.text_dim:
             raise ValueError(
                 f"the text encoder gives tokens of width {text_encoder.dim}; the model's text_dim is "

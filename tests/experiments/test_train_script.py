@@ -51,6 +51,7 @@ def test_unusable_command_lines(script, capsys, tmp_path, monkeypatch, arguments
     ("arguments", "message"),
     [
         (["--data.path", "no/such/data"], "'no/such/data' holds no prepared TFDS data set"),
+        (["--data.path", "no/such/data", "--patch.channels", "16"], "patch.channels must be the 3 of RGB pixels"),
         (["--dry-run", "--mesh.fsdp", "3", "--data.batch-size", "6"], "cannot be split evenly"),
         (["--dry-run", "--mesh.fsdp", "8"], "data.batch_size must be a multiple of the 8 devices"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_model import WordEncoder, random_params
 
-from sora_jax.config import FlowConfig
+from sora_jax.config import FlowConfig, PatchConfig
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation import pipeline as pipeline_module
@@ -241,3 +241,8 @@ def test_the_kernel_that_trained_the_model_need_not_exist_here(tiny_config, pipe
 def test_pixels():
     clip = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
     assert to_pixels(clip).tolist() == [0, 0, 128, 191, 255, 255]
+
+
+def test_a_model_of_latents_is_refused_at_once(with_config):
+    with pytest.raises(ValueError, match=r"patch\.channels must be 3 to make RGB pixels, got 16"):
+        with_config(patch=PatchConfig(size=(2, 4, 4), channels=16))
