@@ -1,5 +1,6 @@
 """The TPU scripts, with a gcloud that records what it is given and answers as told. Nothing reaches the network."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -8,6 +9,8 @@ import shutil
 import subprocess
 
 import pytest
+
+from sora_jax.parallel.mesh import check_batch_size, mesh_shape
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ("create", "install", "launch", "follow", "resume", "delete")
@@ -175,6 +178,21 @@ def test_help_names_every_option_and_has_examples(machine, script):
         accepted = re.search(r'^read_settings "([^"]*)"', text, re.M)[1].split()
         missing = [option for option in accepted if option != "rest" and f"--{option}" not in result.stdout]
         assert not missing
+
+
+def test_the_trainings_of_the_examples_fit_pixels_and_eight_chips(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    train = importlib.import_module("train")
+    files = [ROOT / "tpu_setup" / name for name in ("README.md", "launch.sh", "resume.sh")]
+    text = "\n".join(path.read_text() for path in files)
+    found = re.findall(r"(?:-- |train\.py )(sora_\w+(?: --[\w.-]+(?: [\w./]+)?)*)", text)
+    assert len(found) == 8
+    for command in set(found):
+        config = train.parse([*shlex.split(command), "--dry-run"]).config
+        assert config.patch.channels == 3
+        check_batch_size(config.data.batch_size, mesh_shape(config.mesh, 8))
+    example = (ROOT / "tpu_setup" / "config.env.example").read_text()
+    assert set(re.findall(r"v5litepod-\d+", text + example)) == {"v5litepod-8"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -19,7 +19,7 @@
 #
 # Examples:
 #   tpu_setup/create.sh --name sora --project my-project --zone us-west4-a \
-#       --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --provisioning spot --dry-run
+#       --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --provisioning spot --dry-run
 #   SORA_CONFIG=sora.env tpu_setup/create.sh --provisioning queued-spot --valid-until 6h --wait
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"

@@ -16,9 +16,10 @@
 #   --dry-run                 print the gcloud commands, run nothing
 #
 # Examples:
-#   tpu_setup/launch.sh --name sora --project my-project --zone us-west4-a --workdir gs://my-bucket/runs/xl \
-#       -- sora_xl --data.path ../data --data.batch-size 64
-#   SORA_CONFIG=sora.env tpu_setup/launch.sh --dry-run -- sora_xl --data.path ../data
+#   tpu_setup/launch.sh --name sora --project my-project --zone us-west4-a --workdir gs://my-bucket/runs/emoji \
+#       -- sora_emoji --data.path ../data --data.batch-size 8 --data.num-shards 8
+#   SORA_CONFIG=sora.env tpu_setup/launch.sh --dry-run \
+#       -- sora_emoji --data.path ../data --data.batch-size 8 --data.num-shards 8
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 

@@ -27,9 +27,11 @@
 #
 # Examples:
 #   tpu_setup/resume.sh --name sora --project my-project --zone us-west4-a --provisioning queued-spot \
-#       --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite \
-#       --workdir gs://my-bucket/runs/xl --data gs://my-bucket/fluent_emoji -- sora_xl --data.path ../data
-#   SORA_CONFIG=sora.env tpu_setup/resume.sh --dry-run -- sora_xl --data.path ../data
+#       --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite \
+#       --workdir gs://my-bucket/runs/emoji --data gs://my-bucket/fluent_emoji \
+#       -- sora_emoji --data.path ../data --data.batch-size 8 --data.num-shards 8
+#   SORA_CONFIG=sora.env tpu_setup/resume.sh --dry-run \
+#       -- sora_emoji --data.path ../data --data.batch-size 8 --data.num-shards 8
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 

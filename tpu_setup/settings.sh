@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: their settings, and the gcloud commands that more than one of them gives.
 #
 # A setting is a flag, an environment variable or a line of a file, in this order of precedence:
-#     --accelerator-type v5litepod-16      SORA_ACCELERATOR_TYPE=v5litepod-16      --config FILE (or SORA_CONFIG)
+#     --accelerator-type v5litepod-8      SORA_ACCELERATOR_TYPE=v5litepod-8      --config FILE (or SORA_CONFIG)
 # A switch (--dry-run) is on where its variable is 1. All settings are exported, so that a script called by another
 # one has the same.
 
