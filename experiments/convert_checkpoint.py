@@ -26,7 +26,7 @@ from rich.table import Table
 from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.generation.video_io import check_writable, write_whole
-from sora_jax.training.checkpoint import export_model, load_model
+from sora_jax.training.checkpoint import FOLDER, export_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,10 @@ class ExportCommand:
 
     def run(self) -> dict[str, Any]:
         """Writes the model and returns the size of each file."""
-        output = epath.Path(self.output)
+        source, output = epath.Path(self.source).resolve(), epath.Path(self.output).resolve()
+        run = source.parent.parent if source.parent.name == FOLDER else source
+        if (run / FOLDER).exists() and run in (output, *output.parents):
+            raise ValueError(f"--output must be outside of the run {run}, got {self.output}.")
         config, params = load_model(self.source)
         # Where the data lay on the machine that trained the model means nothing elsewhere.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))

@@ -69,9 +69,12 @@ def read_params(path: epath.PathLike) -> PyTree:
     """Returns the nested parameters of a safetensors file as float32; quantised ones (`quantize.py`) are restored.
 
     Raises:
-        ValueError: like `read_tensors`, or a quantised tensor that is not whole.
+        ValueError: like `read_tensors`, a quantised tensor that is not whole, or names of which one begins another.
     """
     stored = read_tensors(path)
+    parents = {name[:end] for name in stored for end, character in enumerate(name) if character == "."}
+    if clashes := sorted(parents & stored.keys()):
+        raise ValueError(f"{path}: {clashes[0]} is a tensor and also the beginning of other tensors' names.")
     try:
         return traverse_util.unflatten_dict(dequantize_tensors(stored), sep=".")
     except ValueError as error:

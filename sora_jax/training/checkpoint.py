@@ -7,7 +7,10 @@ temporary name, is never taken for a checkpoint and is removed at the next start
 
 from __future__ import annotations
 
+import contextlib
 import math
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -54,10 +57,10 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        directory = epath.Path(workdir).absolute() / FOLDER
+        self._directory = epath.Path(workdir).absolute() / FOLDER
         handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema_params", "opt_state")}
         handlers["data"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -103,20 +106,23 @@ class Checkpointer:
             The state, and the data iterator's.
 
         Raises:
-            ValueError: the checkpoint is of another model, naming the first parameter that differs.
+            ValueError: the checkpoint is damaged, or of another model, naming the first parameter that differs.
         """
         step = self.latest_step if step is None else step
-        metadata = self._manager.item_metadata(step)
-        check_shapes(metadata["params"], abstract.params, f"checkpoint {step}")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                ema_params=ocp.args.StandardRestore(abstract.ema_params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        directory = self._directory / str(step)
+        with _reading(directory):
+            params = self._manager.item_metadata(step)["params"].tree
+        check_shapes(params, abstract.params, f"checkpoint {step}")
+        with _reading(directory):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    ema_params=ocp.args.StandardRestore(abstract.ema_params),
+                    opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
         scalars = {"step": step, "bad_step": -1}
         scalars = {k: jax.device_put(np.int32(v), getattr(abstract, k).sharding) for k, v in scalars.items()}
         items = {name: restored[name] for name in ("params", "ema_params", "opt_state")}
@@ -179,8 +185,12 @@ def export_model(
             gives float32 again.
 
     Raises:
-        ValueError: an unknown `storage_dtype`, parameters that are not those of `config`, or one that it cannot hold.
+        ValueError: a run at `path`, an unknown `storage_dtype`, parameters that are not those of `config`, or one that
+            it cannot hold.
     """
+    path = epath.Path(path)
+    if (path / FOLDER).exists():
+        raise ValueError(f"{path} holds a run, and its config.json would be replaced: choose another --output.")
     if storage_dtype not in STORAGE_DTYPES:
         raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_DTYPES)}, got {storage_dtype!r}.")
     check_shapes(params, abstract_params(config), "the model to export")
@@ -195,7 +205,6 @@ def export_model(
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
-    path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{WEIGHTS_FILE}.tmp"
     temporary.write_bytes(tensor_bytes(tensors))
@@ -215,9 +224,22 @@ def _checkpoint_directory(path: epath.Path) -> epath.Path:
 
 def _read_orbax(path: epath.Path) -> PyTree:
     """Returns one item of a checkpoint as NumPy arrays, whatever mesh it was saved from."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} is not a whole checkpoint: it has no {path.name}.")
     handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path.absolute()).tree
-    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    return handler.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
+    with _reading(path.parent):
+        tree = handler.metadata(path.absolute()).tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return handler.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: epath.Path) -> Iterator[None]:
+    """Raises ValueError naming the checkpoint where one of its files is missing or is not what Orbax wrote."""
+    try:
+        yield
+    except (PermissionError, RuntimeError):  # of the system or the devices, not of what the files hold
+        raise
+    except Exception as error:  # Orbax and TensorStore raise all kinds, `Exception` itself among them
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged or cannot be read ({textwrap.shorten(str(error), 100)}); once it is "
+            "removed, the run goes on from the one before it."
+        ) from error

@@ -23,7 +23,7 @@ from PIL import Image
 from sora_jax.array_types import PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig
 from sora_jax.models.attention import AttentionFn
-from sora_jax.models.weights import check_shapes
+from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
@@ -86,8 +86,13 @@ class _Run:
     checkpointer: Checkpointer
     telemetry: Telemetry
     batches: Batches
+    ahead: list[PackedBatch]  # read from them and not used yet: the first of a new run
     guard: PreemptionGuard
     best_loss: float
+
+    def next_batch(self) -> PackedBatch:
+        """Returns the next batch to train on."""
+        return self.ahead.pop() if self.ahead else _next_batch(self.batches, self.config.data.split)
 
     def save(self, step: int, state: TrainState, held_out_loss: float | None = None) -> None:
         """Saves a state that is known to be good, with the place in the data after its last batch."""
@@ -134,10 +139,13 @@ def train(
     Raises:
         ConfigChangedError: the directory holds a run with another config.
         NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
-        ValueError: a config that cannot work, parameters of another model, or a split without batches.
+        ValueError: a config that cannot work, an exported model at `workdir`, a damaged checkpoint, parameters of
+            another model, or a split without batches. What fails up to the first batch leaves no new directory behind.
     """
     workdir = epath.Path(workdir)
     console = console or rich.console.Console(stderr=True)
+    if (workdir / WEIGHTS_FILE).exists():
+        raise ValueError(f"{workdir} holds an exported model, which a run would spoil: choose another --workdir.")
     first_step = latest_step(workdir)
     if first_step is not None:
         run_directory.check_config(workdir, config, first_step)
@@ -155,6 +163,8 @@ def train(
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(PreemptionGuard())
         batches = stack.enter_context(contextlib.closing(open_batches(config.data.split, True)))
+        # A new run whose data gives no batch writes nothing. No state is saved before this batch has been used.
+        ahead = [_next_batch(batches, config.data.split)] if first_step is None else []
         workdir.mkdir(parents=True, exist_ok=True)
         evaluates = bool(config.eval_every and config.data.eval_splits)
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep, evaluates)))
@@ -176,7 +186,7 @@ def train(
             f"{'starting' if first_step is None else 'continuing'} at step {first_step or 0} of {config.num_steps}: "
             f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
         )
-        run = _Run(config, workdir, checkpointer, telemetry, batches, guard, checkpointer.best_loss)
+        run = _Run(config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
         train_step = make_train_step(model, tx, config, mesh, shardings)
         held_out = HeldOut(config, open_batches, mesh, make_eval_step(model, config, mesh, shardings.params))
         return _steps(run, state, first_step or 0, train_step, held_out, sample_sheet, mesh)
@@ -199,7 +209,7 @@ def _steps(
     stopwatch, pending = Stopwatch(), []
     for step in range(first_step + 1, config.num_steps + 1):
         with stopwatch.waiting():
-            local = [_next_batch(run.batches, config.data.split) for _ in range(accumulation)]
+            local = [run.next_batch() for _ in range(accumulation)]
         stacked = to_global(PackedBatch(*(np.stack(leaves) for leaves in zip(*local, strict=True))), split)
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, stacked, rows)

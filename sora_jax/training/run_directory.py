@@ -95,9 +95,18 @@ def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_ste
 
 
 def done_step(directory: epath.PathLike) -> int | None:
-    """Returns the step at which a run finished, None where it has not."""
+    """Returns the step at which a run finished, None where it has not; ValueError where the file does not say."""
     path = epath.Path(directory) / "DONE"
-    return json.loads(path.read_text())["step"] if path.exists() else None
+    if not path.exists():
+        return None
+    text = path.read_text()
+    try:
+        return int(json.loads(text)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f'{path} must hold the step at which the run finished, like {{"step": 100}}, got {text[:80]!r}; remove it, '
+            "and the run goes on."
+        ) from None
 
 
 def mark_done(directory: epath.PathLike, step: int) -> None:

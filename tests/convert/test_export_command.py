@@ -51,3 +51,16 @@ def test_export_of_nothing(main, tmp_path, capsys):
     assert main(["export", "--source", str(tmp_path / "no_run"), "--output", str(tmp_path / "out")]) == 1
     assert "no run, checkpoint or exported model at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [(".", "--output must be outside of the run"), ("../other", "--output")]
+)
+def test_export_over_a_run(main, tmp_path, capsys, output, message):
+    export_model(tmp_path / "full", CONFIG, unboxed_params(build_model(CONFIG), CONFIG))
+    for name in ("run", "other"):
+        (tmp_path / name / "checkpoints" / "3").mkdir(parents=True)
+    source = {".": "run/checkpoints/3", "../other": "full"}[output]
+    assert main(["export", "--source", str(tmp_path / source), "--output", str(tmp_path / "run" / output)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/config.json"))[1:]

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -96,6 +97,28 @@ def test_state_may_be_overwritten_once_save_returns(tmp_path, state):
     checkpointer.close()
 
 
+@pytest.mark.parametrize("damage", ["opt_state", "params/_METADATA", "ema_params/_METADATA", "params/d"])
+def test_a_damaged_checkpoint_is_named(tmp_path, state, damage):
+    write_run(tmp_path / "run", state, {2: None, 3: None})
+    damaged = tmp_path / "run" / FOLDER / "3"
+    if damage == "opt_state":
+        shutil.rmtree(damaged / damage)
+    for path in (damaged / damage).rglob("*") if damage == "params/d" else [damaged / damage]:
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = f"checkpoint {damaged} is damaged or cannot be read .* the run goes on from the one before it"
+    checkpointer = Checkpointer(tmp_path / "run", keep=2)
+    if not damage.startswith("ema"):  # Orbax does without that file where it is told what to expect
+        with pytest.raises(ValueError, match=message):
+            checkpointer.restore(abstract(state))
+    checkpointer.close()
+    if damage != "opt_state":
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path / "run", averaged=damage.startswith("ema"))
+    shutil.rmtree(damaged)
+    equal(load_model(tmp_path / "run")[1], state.ema_params)
+
+
 def test_another_model_is_named(tmp_path, state):
     write_run(tmp_path / "run", state, {1: None})
     checkpointer = Checkpointer(tmp_path / "run", keep=1)
@@ -174,6 +197,11 @@ def test_bad_models_are_named(tmp_path, state):
     with pytest.raises(ValueError, match=r"parameter \S+ cannot be stored as int8"):
         export_model(tmp_path / "part", CONFIG, infinite, "int8")
 
+    (tmp_path / "run" / FOLDER).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds a run, .* choose another --output"):
+        export_model(tmp_path / "run", CONFIG, state.params)
+    assert not (tmp_path / "run" / "config.json").exists()
+
     export_model(tmp_path / "exported", CONFIG, state.params)
     text = json.loads((tmp_path / "exported" / "config.json").read_text())
     text["model"]["mlp_dim"] = 33
@@ -183,4 +211,7 @@ def test_bad_models_are_named(tmp_path, state):
     weights: pathlib.Path = tmp_path / "exported" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path / "exported")
+    safetensors.numpy.save_file({name: np.zeros(1, np.float32) for name in ("a", "a-b", "a.b")}, weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors: a is a tensor and also the beginning of other"):
         load_model(tmp_path / "exported")

@@ -123,10 +123,12 @@ def test_another_config_in_the_same_directory_is_named(straight, changes, messag
 
 def test_a_run_without_checkpoint_may_start_anew_with_another_config(tmp_path):
     def fail(number, batch):
-        raise OSError("no data")
+        if number == 2:
+            raise OSError("no data")
 
     with pytest.raises(OSError, match="no data"):
         train(tiny_run.CONFIG, tmp_path / "run", hooked(tiny_run.CONFIG, fail))
+    assert (tmp_path / "run" / "config.json").exists()
     other = tiny_run.config(seed=1, num_steps=1)
     assert train(other, tmp_path / "run", tiny_run.opener(other)) is Outcome.FINISHED
     assert load_model(tmp_path / "run")[0] == other
@@ -198,3 +200,18 @@ def test_a_split_without_batches_is_named(tmp_path):
     nothing = lambda split, training: tiny_run.RandomBatches(config, length=0)  # noqa: E731
     with pytest.raises(ValueError, match="split 'train' gave no more batches"):
         train(config, tmp_path / "run2", nothing)
+    assert not (tmp_path / "run2").exists()
+
+
+def test_an_exported_model_is_not_trained_over(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"holds an exported model, .* choose another --workdir"):
+        train(tiny_run.CONFIG, tmp_path, tiny_run.opener(tiny_run.CONFIG))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("text", ["", "3", '{"step": null}'])
+def test_a_damaged_done_file_is_named(tmp_path, text):
+    (tmp_path / "DONE").write_text(text)
+    with pytest.raises(ValueError, match=r"DONE must hold the step .* remove it, and the run goes on"):
+        train(tiny_run.CONFIG, tmp_path, tiny_run.opener(tiny_run.CONFIG))
