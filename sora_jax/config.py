@@ -178,7 +178,7 @@ class FlowConfig:
             squared error of the velocity either way.
         time_mean: mean of the logit-normal time (arXiv:2403.03206, section 3.1); positive is noisier.
         time_std: its standard deviation.
-        min_time: with `x0`, the velocity is (x_t - x_0) / max(t, min_time).
+        min_time: with `x0`, the velocity that the loss compares is (x_t - x_0) / max(t, min_time).
         loss_weighting: the loss is a mean over tokens or, each clip counting the same, over clips.
     """
 

@@ -34,8 +34,8 @@ def to_velocity(
 ) -> Float[Array, "*batch values"]:
     """Returns the velocity that a network's output stands for.
 
-    With `x0` prediction (arXiv:2511.13720) it is equation 3 with t held at or above `config.min_time`, in the loss
-    and in sampling alike.
+    With `x0` prediction (arXiv:2511.13720) it is equation 3 with t held at or above `config.min_time`, so that the loss
+    of an almost clean patch stays bounded. (Samplers use x_0 itself and need no such bound.)
 
     Args:
         output: what the network put out.
