@@ -105,8 +105,8 @@ def to_x0_and_noise(
 ) -> tuple[Array, Array]:
     """Returns the clean data and the noise that a prediction stands for (equations 1 and 6).
 
-    Where nothing is left of the one that has to be divided by (alpha = 0 for `noise` and `score`, sigma = 0 for `x0`),
-    the other cannot be told and the quotient is not finite.
+    Where an `x0` is told of what has no noise (sigma = 0), the noise is given as 0. Where `noise` or a `score` is told
+    of what is nothing but noise (alpha = 0), the data cannot be told and is not finite.
 
     Args:
         output: what the network put out.
@@ -122,7 +122,7 @@ def to_x0_and_noise(
         raise ValueError(f"a prediction must have the shape of its input {xt.shape}, got {output.shape}.")
     alpha, sigma = expand(alpha, xt), expand(sigma, xt)
     if prediction == "x0":
-        return output, (xt - alpha * output) / sigma
+        return output, noise_of(xt, output, alpha, sigma)
     if prediction in ("noise", "score"):
         noise = output if prediction == "noise" else -sigma * output
         return (xt - sigma * noise) / alpha, noise
@@ -132,6 +132,11 @@ def to_x0_and_noise(
     if prediction == "velocity":
         return (xt - sigma * output) / (alpha + sigma), (xt + alpha * output) / (alpha + sigma)
     raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}.")
+
+
+def noise_of(xt: Array, x0: Array, alpha: Array, sigma: Array) -> Array:
+    """Returns (x_t - alpha x_0) / sigma, and 0 where sigma is 0; all broadcast."""
+    return jnp.where(sigma > 0, (xt - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
 
 
 def from_x0_and_noise(

@@ -30,7 +30,15 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Float, Int
-from sora_jax.diffusion.gaussian import Levels, Prediction, expand, learned_log_variance, posterior, to_x0_and_noise
+from sora_jax.diffusion.gaussian import (
+    Levels,
+    Prediction,
+    expand,
+    learned_log_variance,
+    noise_of,
+    posterior,
+    to_x0_and_noise,
+)
 
 
 class Denoised(NamedTuple):
@@ -75,7 +83,7 @@ def denoiser(
         x0, noise = to_x0_and_noise(output, x, level.alpha, level.sigma, prediction)
         if clip is not None:
             x0 = jnp.clip(x0, *clip)
-            noise = (x - expand(level.alpha, x) * x0) / expand(level.sigma, x)
+            noise = noise_of(x, x0, expand(level.alpha, x), expand(level.sigma, x))
         return Denoised(x0, noise, v)
 
     return denoise
@@ -209,9 +217,14 @@ class Heun:
         second = expand(to.sigma / to.unit - now.sigma / now.unit, x)
         slope = first * here.x0 + second * here.noise
         y = (expand(now.alpha, x) * here.x0 + expand(now.sigma, x) * here.noise) / expand(now.unit, x)
-        ahead = denoise(unit * (y + slope), to)
+        ahead = denoise(_moved(x, unit * (y + slope), now, to), to)
         mean = (slope + first * ahead.x0 + second * ahead.noise) / 2
         return unit * (y + jnp.where(expand(to.sigma, x) > 0, mean, slope)), ()
+
+
+def _moved(x: Array, moved: Array, now: Levels, to: Levels) -> Array:
+    """Returns `moved` where the level changes, and x as it was where it does not."""
+    return jnp.where(expand(now.sigma != to.sigma, x), moved, x)
 
 
 class Before(NamedTuple):
@@ -391,8 +404,7 @@ def sample_chunk(
         now, to = pair
         fresh = noise(state.index) if sampler.stochastic else None
         x, memory = sampler.step(denoise, state.x, state.memory, now, to, state.index, fresh)
-        moves = expand(now.sigma != to.sigma, state.x)
-        return State(jnp.where(moves, x, state.x), memory, state.index + 1), None
+        return State(_moved(state.x, x, now, to), memory, state.index + 1), None
 
     pairs = Levels(*(a[:-1] for a in levels)), Levels(*(a[1:] for a in levels))
     return jax.lax.scan(body, state, pairs)[0]

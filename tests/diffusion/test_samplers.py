@@ -129,6 +129,29 @@ def test_levels_of_tokens(name):
     assert (np.asarray(mixed)[asked == 0] == np.asarray(x)[asked == 0]).all()
 
 
+@pytest.mark.parametrize("prediction", ["x0", "velocity"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_network_always_sees_what_does_not_move_as_it_is(name, prediction):
+    """Prompts and padding at t = 0: whatever the network says of them, they reach it unchanged."""
+    levels = flow_levels(flow_times(4)[:, None] * np.array([1, 0, 1], np.float32))
+    x, seen = jax.random.normal(jax.random.key(0), (3, 2)), []
+
+    def network(x, time):
+        seen.append(np.asarray(x))
+        return jnp.full_like(x, 0.3) + 0.1 * x.mean()
+
+    denoise, state = samplers.denoiser(network, prediction), start(EVERY[name], x, levels)
+    memory, now_x = state.memory, x
+    for i in range(4):
+        now, to = (Levels(*(a[j] for a in levels)) for j in (i, i + 1))
+        moved, memory = EVERY[name].step(denoise, now_x, memory, now, to, jnp.int32(i), jnp.ones_like(x))
+        now_x = jnp.where(np.array([[1], [0], [1]]) > 0, moved, now_x)
+        assert np.isfinite(now_x).all()
+    assert len(seen) == 4 * EVERY[name].evaluations
+    for inputs in seen:
+        np.testing.assert_array_equal(inputs[1], x[1])
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_chunks_make_a_whole_and_compile_once(name):
     sampler, levels = EVERY[name], paths(20)["discrete"]
