@@ -16,7 +16,7 @@ from jax import lax
 
 from sora_jax.array_types import Array, Float, Int
 
-BLOCK = 64
+BLOCK = 64  # tokens; a clip of a packed row is about as long, and larger blocks compute more of its neighbours
 _LOWEST = jnp.finfo(jnp.float32).min
 
 

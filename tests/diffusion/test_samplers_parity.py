@@ -12,13 +12,19 @@ from sora_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, UniPC,
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas
 
 pytestmark = pytest.mark.parity
-diffusers = pytest.importorskip("diffusers", reason="needs .[parity]")
-torch = pytest.importorskip("torch", reason="needs .[parity]")
 
 SHAPE = (2, 8, 8, 3)
 NUM_STEPS = 12
 NOISE = np.random.default_rng(0).standard_normal((NUM_STEPS + 1, *SHAPE)).astype(np.float32)
 BETAS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def peers():
+    """Imports the peers for this module's tests alone: the others do not need them."""
+    global diffusers, torch
+    torch = pytest.importorskip("torch", reason="needs .[parity]")
+    diffusers = pytest.importorskip("diffusers", reason="needs .[parity]")
 
 
 def network(x, time, xp):
