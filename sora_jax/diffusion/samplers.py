@@ -258,6 +258,13 @@ class Before(NamedTuple):
         """Returns the memory after a step that started from x at `level`, where the network told `x0`."""
         return Before(x, level.sigma, (x0, self.x0[0]), (log_snr(level), self.log_snr[0]))
 
+    def extrapolate(self, x0: Array, now: Levels, to: Levels, index: Array) -> tuple[Array, Array]:
+        """Returns D of equation 4 (x0 itself in the first step and in one onto clean data), and h."""
+        h = log_snr(to) - log_snr(now)
+        ahead = h / (log_snr(now) - self.log_snr[0]) / 2
+        d = x0 + expand(ahead, x0) * (x0 - self.x0[0])
+        return jnp.where((index > 0) & expand(to.sigma > 0, x0), d, x0), h
+
 
 def log_snr(level: Levels) -> Array:
     """Returns lambda, half the log signal-to-noise ratio: infinite where clean, minus infinity where all noise."""
@@ -289,10 +296,7 @@ class DPMSolver:
     ) -> tuple[Array, Before]:
         """Returns x at the level `to`."""
         x0 = denoise(x, now).x0
-        h = log_snr(to) - log_snr(now)
-        ahead = h / (log_snr(now) - memory.log_snr[0]) / 2
-        extrapolated = x0 + expand(ahead, x) * (x0 - memory.x0[0])
-        d = jnp.where((index > 0) & expand(to.sigma > 0, x), extrapolated, x0)
+        d, h = memory.extrapolate(x0, now, to, index)
         shrink, after = to.sigma / now.sigma, memory.then(x, x0, now)
         if not self.sde:
             return expand(shrink, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d, after
@@ -321,10 +325,7 @@ class UniPC:
         """Corrects x at the level `now`, then returns the prediction at the level `to`."""
         x0 = denoise(x, now).x0
         x = jnp.where(index > 0, self._correct(x, x0, memory, now, index), x)
-        h = log_snr(to) - log_snr(now)
-        ahead = h / (log_snr(now) - memory.log_snr[0]) / 2
-        extrapolated = x0 + expand(ahead, x) * (x0 - memory.x0[0])
-        d = jnp.where((index > 0) & expand(to.sigma > 0, x), extrapolated, x0)
+        d, h = memory.extrapolate(x0, now, to, index)
         predicted = expand(to.sigma / now.sigma, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d
         return predicted, memory.then(x, x0, now)
 
