@@ -214,6 +214,7 @@ def test_the_real_step_is_timed(fake_data):
     assert all(row["real_tokens_per_second"] > 0 for row in figures["rows"])
 
 
+@pytest.mark.slow
 def test_waiting_is_seen_and_is_not_work(fake_data, tmp_path, capsys):
     fake_data(GreySource(pause=0.1))
     path = tmp_path / "data.json"

@@ -155,8 +155,9 @@ def half_known(monkeypatch):
     monkeypatch.setattr(pipeline_module, "blank_segment", half_known)
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "x0"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "prediction"), [("euler", "velocity"), ("heun", "x0"), ("dpm++sde", "x0"), ("unipc", "x0")]
+)
 def test_known_patches_stay_as_they_are(with_config, half_known, sampler, prediction):
     pipeline = with_config(flow=FlowConfig(prediction=prediction))
     clip = floats(pipeline, ["frog"], 0, sampler, num_steps=3, num_frames=2, height=4, width=16, fps=8.0)[0]
