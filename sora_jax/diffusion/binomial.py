@@ -15,7 +15,6 @@ express the same chains of independent bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -153,4 +152,4 @@ def sample(
 
 def null_bits(num_bits: int) -> float:
     """Returns the log-likelihood of fair coins in bits: what the data has after diffusion."""
-    return -float(num_bits) * math.log2(2)
+    return -float(num_bits)

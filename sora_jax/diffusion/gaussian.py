@@ -32,7 +32,6 @@ from sora_jax.array_types import Array, Float, Shaped
 from sora_jax.diffusion.schedules import alpha_bar
 
 Prediction = Literal["noise", "x0", "v", "score", "velocity"]
-Variance = Literal["small", "large"]
 
 
 class Levels(NamedTuple):
