@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import SoraConfig
 from sora_jax.convert.efficientnet import load_efficientnet
 from sora_jax.data.decode import decode_frames
 from sora_jax.data.records import ClipMetadata
@@ -164,7 +164,7 @@ def choose_captions(captions: Sequence[str], clips: Sequence[int], count: int, s
 
 
 def plan_sample(
-    metadata: ClipMetadata, index: int, num_frames: int, options: NearestOptions, config: ExperimentConfig
+    metadata: ClipMetadata, index: int, num_frames: int, options: NearestOptions, config: SoraConfig
 ) -> Sample:
     """Returns what is sampled of a clip: from its beginning, at its aspect, no more frames than it lasts for."""
     fps = config.sample.fps if options.fps is None else options.fps

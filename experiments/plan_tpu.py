@@ -23,7 +23,7 @@ import rich.table
 import tyro
 from train import config_names, load_config
 
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.training.plan import GIB, MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
 
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> Arguments:
     Raises:
         ValueError: CONFIG is missing or unknown.
     """
-    default = ExperimentConfig()
+    default: ExperimentConfig = SoraConfig()
     if argv and not argv[0].startswith("-"):
         default = load_config(argv[0])
     elif not {"-h", "--help"} & set(argv):
@@ -79,6 +79,7 @@ def parse(argv: list[str]) -> Arguments:
         args=argv,
         description=__doc__,
         default=Arguments(name=tyro.MISSING, config=default, topology=tyro.MISSING),
+        config=(tyro.conf.AvoidSubcommands,),  # a config's own kinds of data and model
     )
 
 

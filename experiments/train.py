@@ -2,22 +2,22 @@
 
 CONFIG is the name of a file in experiments/configs/ or the path of a Python file with a function
 `config() -> ExperimentConfig`. Every value of the config can be set on the command line by its dotted name.
-Starting again in the same WORKDIR continues exactly where the run stopped. Exit codes: 0 when the run has finished
-or was preempted (SIGTERM; its last line says which, and WORKDIR/DONE exists only when it has finished), 1 when it
-failed, 2 for an unusable command line.
+An experiment on a likelihood (swiss_roll, heartbeat, dead_leaves, ddpm_digits) trains a run for each of its seeds and
+ends with a report: a table, pictures in WORKDIR and, with --json, its figures. Starting again in the same WORKDIR
+continues exactly where the run stopped. Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
+line says which, and WORKDIR/DONE exists only when it has finished), 1 when it failed, 2 for an unusable command line.
 
 Examples:
     python experiments/train.py sora_nano --workdir runs/nano --data.path data/fluent_emoji
     python experiments/train.py sora_nano --workdir runs/wide --data.path data/fluent_emoji --model.width 128
     python experiments/train.py my_config.py --workdir runs/tuned --data.path data/mine --init-from runs/nano
     python experiments/train.py sora_nano --dry-run --json plan.json
+    python experiments/train.py swiss_roll --json swiss_roll.json
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -27,17 +27,15 @@ import traceback
 from typing import Annotated, Any, NoReturn
 
 import jax
-import numpy as np
 import rich.console
 import rich.table
 import tyro
 from etils import epath
+from setups.sora import SoraSetup
 
-from sora_jax.array_types import PyTree
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.parallel.mesh import MESH_AXES, check_batch_size, mesh_shape
-from sora_jax.parallel.multihost import first_process_first
 from sora_jax.parallel.rules import param_shardings
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -50,10 +48,10 @@ class Arguments:
     Attributes:
         name: name of a file in experiments/configs/ or path of a Python file; comes first.
         config: the values of that config; each can be set.
-        workdir: directory of the run.
+        workdir: directory of the run (default: runs/ and the config's name).
         init_from: run or exported model whose parameters a new run starts from.
         dry_run: only check the config and print the model's parameters, tokens and FLOPs a step and the mesh.
-        json: with --dry-run, write the same figures to this file.
+        json: write the figures of the report, or of --dry-run, to this file.
         multihost: this is one of several hosts, each running this command (jax.distributed.initialize()).
     """
 
@@ -78,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Arguments:
     """Reads the command line; ends the process with code 2 where it is not usable."""
-    default = ExperimentConfig()
+    default: ExperimentConfig = SoraConfig()
     if argv and not argv[0].startswith("-"):
         try:
             default = load_config(argv[0])
@@ -88,18 +86,22 @@ def parse(argv: list[str]) -> Arguments:
         unusable(f"CONFIG comes first, one of {', '.join(config_names())} or the path of a Python file.")
     try:
         arguments = tyro.cli(
-            Arguments, args=argv, description=__doc__, default=Arguments(name=tyro.MISSING, config=default)
+            Arguments,
+            args=argv,
+            description=__doc__,
+            default=Arguments(name=tyro.MISSING, config=default),
+            config=(tyro.conf.AvoidSubcommands,),  # a config's own kinds of data and model
         )
     except ValueError as error:  # of the config as a whole; tyro itself reports those of its parts
         unusable(str(error))
     if not arguments.dry_run:
         if arguments.workdir is None:
-            unusable("--workdir is needed, the directory of the run (or --dry-run).")
-        if not arguments.config.data.path:
+            arguments = dataclasses.replace(arguments, workdir=f"runs/{pathlib.Path(arguments.name).stem}")
+        if getattr(arguments.config.data, "path", None) == "":
             unusable("--data.path is needed, the directory of a prepared data set (experiments/prepare_data.py).")
-        if arguments.json:
-            unusable("--json belongs to --dry-run; a run writes its figures to WORKDIR/metrics.jsonl.")
-    elif arguments.json is not None:
+        if arguments.json and isinstance(arguments.config, SoraConfig):
+            unusable("--json belongs to --dry-run here; a run writes its figures to WORKDIR/metrics.jsonl.")
+    if arguments.json is not None:
         try:
             check_writable("--json", arguments.json)
         except ValueError as error:
@@ -118,12 +120,16 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.py"))
 
 
-def load_config(name: str) -> ExperimentConfig:
+def load_config(name: str, kind: type[ExperimentConfig] = ExperimentConfig) -> Any:
     """Returns the config that a name or a path stands for.
+
+    Args:
+        name: of a config, or the path of its file.
+        kind: what it must be.
 
     Raises:
         ValueError: there is no such config, its file cannot be run (naming the line), or it has no function `config`
-            that returns one.
+            that returns one of the `kind`.
     """
     path = pathlib.Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
@@ -140,36 +146,44 @@ def load_config(name: str) -> ExperimentConfig:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         place = f"{path}, line {lines[-1]}" if lines else path
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ExperimentConfig):
-        raise ValueError(f"{path} must have a function `config() -> ExperimentConfig`.")
+    if not isinstance(config, kind):
+        raise ValueError(f"{path} must have a function `config() -> {kind.__name__}`.")
     return config
 
 
 def dry_run(arguments: Arguments) -> int:
     """Checks the config and prints what a step costs; allocates nothing."""
     from sora_jax.training.flops import step_flops
-    from sora_jax.training.state import build_model, init_params
+    from sora_jax.training.state import init_params
+    from sora_jax.training.tasks.make import make_task
 
-    # The kernel changes neither parameters nor what they are split over, and may need the devices it is made for.
-    config = dataclasses.replace(arguments.config, model=dataclasses.replace(arguments.config.model, attention="xla"))
+    config = arguments.config
+    packed = isinstance(config, SoraConfig)
+    if packed:  # the kernel changes neither parameters nor their split, and may need the devices it is made for
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     num_devices = jax.device_count()
     try:
         mesh = mesh_shape(config.mesh, num_devices)
     except ValueError:  # planned for another machine: the smallest mesh with these sizes
         mesh = {axis: max(getattr(config.mesh, axis), 1) for axis in MESH_AXES}
     check_batch_size(config.data.batch_size, mesh)
-    boxed = jax.eval_shape(lambda: init_params(build_model(config), config))
+    task = make_task(config)
+    boxed = jax.eval_shape(lambda: init_params(task))
     param_shardings(boxed, jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)))
+    rows = config.optimizer.accumulation_steps * config.data.batch_size
     figures = {
         "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(boxed)),
-        "tokens_per_step": config.optimizer.accumulation_steps * config.data.batch_size * config.data.row_length,
-        "flops_per_step": step_flops(config),
+        **({"tokens_per_step": rows * config.data.row_length} if packed else {"examples_per_step": rows}),
+        "flops_per_step": step_flops(task),
         "mesh": mesh,
     }
     table = rich.table.Table("", arguments.name, title="one training step")
     table.add_row("parameters", f"{figures['num_params']:,}")
-    table.add_row("tokens (slots of rows)", f"{figures['tokens_per_step']:,}")
-    table.add_row("FLOPs, dense attention", f"{figures['flops_per_step']:.4g}")
+    if packed:
+        table.add_row("tokens (slots of rows)", f"{figures['tokens_per_step']:,}")
+    else:
+        table.add_row("examples", f"{rows:,}")
+    table.add_row("FLOPs, dense attention" if packed else "FLOPs", f"{figures['flops_per_step']:.4g}")
     table.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.items()))
     needed = math.prod(mesh.values())
     if needed != num_devices:
@@ -178,106 +192,6 @@ def dry_run(arguments: Arguments) -> int:
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(figures, indent=2) + "\n").encode())
     return 0
-
-
-def open_batches(config: ExperimentConfig, captions: Any, split: str, training: bool) -> Any:
-    """Opens the pipeline of a split: endless where it is trained on, else once through and with every caption."""
-    from sora_jax.data.pipeline import make_pipeline
-
-    return make_pipeline(
-        config.data,
-        config.patch,
-        captions,
-        split,
-        training=training,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def caption_table(config: ExperimentConfig, workdir: epath.Path, console: rich.console.Console) -> Any:
-    """Returns the token states of all captions of the config's splits; encodes them once and keeps them.
-
-    The table lies beside the data set, or in the run's directory where that cannot be written. Its name is a digest
-    of the captions, the text encoder and `max_caption_tokens`, so none is ever used for another.
-    """
-    from sora_jax.data.captions import CaptionTable
-    from sora_jax.data.sources import find_dataset, open_source
-    from sora_jax.models.text.minilm import load_text_encoder
-
-    data = config.data
-    dataset = find_dataset(data.path)
-    evaluated = data.eval_splits if config.eval_every else ()
-    captions = sorted(
-        {c for split in (data.split, *evaluated) for c in open_source(data.path, split).metadata.captions}
-    )
-    encoder = load_text_encoder()
-    if encoder.dim != config.model.text_dim:
-        raise ValueError(f"model.text_dim must be the text encoder's {encoder.dim}, got {config.model.text_dim}.")
-    content = json.dumps([encoder.fingerprint, data.max_caption_tokens, captions])
-    name = f"captions-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    places = (dataset / name, workdir / name)
-
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        return encoder.encode(texts, data.max_caption_tokens)
-
-    def find_or_build() -> Any:
-        for path in places:
-            if path.exists():
-                return CaptionTable.load(path)
-        console.print(f"encoding {len(captions)} captions", highlight=False)
-        try:
-            return CaptionTable.build(captions, encode, places[0])
-        except PermissionError:
-            workdir.mkdir(parents=True, exist_ok=True)
-            return CaptionTable.build(captions, encode, places[1])
-
-    return first_process_first(find_or_build)
-
-
-class SampleSheet:
-    """Draws the clips that `config.sample` asks for as a contact sheet; compiles and reads the text encoder once.
-
-    Args:
-        config: of the experiment.
-    """
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        self._config = config
-        self._pipeline: Any = None
-
-    def __call__(self, params: PyTree) -> np.ndarray:
-        """Returns (H, W, 3) uint8: a row a prompt, its frames from left to right."""
-        from sora_jax.generation.pipeline import SoraPipeline
-        from sora_jax.generation.video_io import contact_sheet
-        from sora_jax.models.text.minilm import load_text_encoder
-
-        if self._pipeline is None:
-            self._pipeline = SoraPipeline(self._config, params, load_text_encoder())
-        self._pipeline.params = params
-        prompts = self._config.sample.prompts
-        return contact_sheet(self._pipeline(prompts), prompts)
-
-
-def attention_for(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the attention kernel that needs a mesh, where the config names one."""
-    if config.model.attention != "splash":
-        return None
-    from sora_jax.parallel.splash import splash_attention
-
-    return splash_attention(mesh)
-
-
-def without_missing_splits(config: ExperimentConfig, console: rich.console.Console) -> ExperimentConfig:
-    """Returns the config without the held-out splits that the data set does not have, and says which these are."""
-    from sora_jax.data.sources import split_names
-
-    there = split_names(config.data.path)
-    missing = [split for split in config.data.eval_splits if split not in there]
-    if missing:
-        console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)
-    kept = tuple(split for split in config.data.eval_splits if split in there)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
 
 
 def join_hosts() -> None:
@@ -291,36 +205,60 @@ def join_hosts() -> None:
         ) from error
 
 
+def make_setup(config: ExperimentConfig, workdir: epath.Path, console: rich.console.Console) -> SoraSetup | Any:
+    """Returns what a run of this kind of experiment needs."""
+    if isinstance(config, SoraConfig):
+        return SoraSetup(config, workdir, console)
+    from setups.diffusion import DiffusionSetup
+
+    return DiffusionSetup(config)
+
+
 def run(arguments: Arguments) -> int:
-    """Trains; returns the exit code."""
+    """Trains, and reports where the experiment has a report; returns the exit code."""
     if arguments.multihost:
         join_hosts()
-    from sora_jax.data.pipeline import check_channels
-    from sora_jax.training import run_directory
-    from sora_jax.training.loop import Outcome, train
+    from sora_jax.training.loop import Outcome
 
-    check_channels(arguments.config.patch)  # before the captions are encoded, which takes a while
     console = rich.console.Console(stderr=True)
-    config = without_missing_splits(arguments.config, console)
-    workdir = epath.Path(arguments.workdir)
-    done = run_directory.done_step(workdir)
-    if done is None or config.num_steps > done:
-        captions = functools.cache(lambda: caption_table(config, workdir, console))  # once all else has been checked
-        outcome = train(
-            config,
-            workdir,
-            lambda split, training: open_batches(config, captions(), split, training),
-            init_from=arguments.init_from,
-            sample_sheet=SampleSheet(config),
-            attention_for=lambda mesh: attention_for(config, mesh),
-            console=console,
-        )
-    else:
-        run_directory.check_config(workdir, config, done)  # another config would be another run, not a finished one
-        outcome = Outcome.ALREADY_FINISHED
+    config, workdir = arguments.config, epath.Path(arguments.workdir)
+    if isinstance(config, SoraConfig):
+        train_one(config, workdir, arguments.init_from, console)
+        return 0
+    from setups.diffusion import mean_report, seeded
+
+    reports = []
+    for number in range(config.num_seeds):
+        directory = workdir / f"seed_{config.seed + number}"
+        setup, outcome = train_one(seeded(config, number), directory, arguments.init_from, console)
+        if outcome is Outcome.PREEMPTED:
+            return 0
+        reports.append(setup.report(directory, console))
+    figures = mean_report(arguments.name, reports)
+    if arguments.json is not None:
+        write_whole(arguments.json, (json.dumps(figures, indent=2) + "\n").encode())
+    return 0
+
+
+def train_one(
+    config: ExperimentConfig, workdir: epath.Path, init_from: str | None, console: rich.console.Console
+) -> tuple[Any, Outcome]:
+    """Trains one run to its end (or to a preemption), unless it is there already."""
+    from sora_jax.training.loop import train
+
+    setup = make_setup(config, workdir, console)
+    outcome = train(
+        setup.config,
+        workdir,
+        setup.open_batches,
+        init_from=init_from,
+        sample_sheet=setup.sample_sheet,
+        attention_for=setup.attention_for,
+        console=console,
+    )
     if jax.process_index() == 0:
         print(f"{outcome.value}: {workdir}")
-    return 0
+    return setup, outcome
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Everything that can be configured, as frozen dataclasses, with strict JSON in and out.
 
 A value that cannot work fails at construction with an error that names the field, the value and what is
-allowed. An experiment is an `ExperimentConfig`; its JSON stands beside every checkpoint.
+allowed. An experiment is an `ExperimentConfig` of some kind (`SoraConfig` here, others beside what they train); its
+JSON stands beside every checkpoint.
 """
 
 from __future__ import annotations
@@ -99,13 +100,29 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class BatchConfig:
+    """What all data has.
+
+    Attributes:
+        split: the split that is trained on.
+        eval_splits: held-out splits whose loss is reported.
+        batch_size: rows (or examples) of the global batch.
+    """
+
+    split: str = "train"
+    eval_splits: tuple[str, ...] = ()
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, self, "batch_size", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(BatchConfig):
     """Where clips come from, how they are sampled, and the rows they are packed into.
 
     Attributes:
         path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
-        split: the split that is trained on.
-        eval_splits: held-out splits whose loss is reported.
         max_clips: train on this many clips, chosen by `clip_seed` (None: all).
         clip_seed: chooses the `max_clips` clips.
         num_frames: (fewest, most) frames of a sample, log-uniform.
@@ -117,7 +134,7 @@ class DataConfig:
         max_segments: most clips of a row, K.
         max_caption_tokens: longer captions are cut to this many tokens.
         num_bins: rows that the packer fills at once.
-        batch_size: rows of the global batch, a multiple of `num_shards`.
+        batch_size: a multiple of `num_shards`.
         num_shards: logical shards; fixes the order of the data whatever the number of hosts and workers.
         num_workers: processes that decode, per host (0: in the main process).
         prefetch: batches kept ready.
@@ -127,7 +144,6 @@ class DataConfig:
     """
 
     path: str = ""
-    split: str = "train"
     eval_splits: tuple[str, ...] = ("unseen", "compositional")
     max_clips: int | None = None
     clip_seed: int = 0
@@ -149,13 +165,14 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
         check_range(self, "num_frames", 1)
         check_range(self, "fps", 1e-3)
         check_range(self, "long_side", 1)
         for field in ("still_share", "caption_dropout"):
             check(0 <= getattr(self, field) <= 1, self, field, "between 0 and 1")
-        for field in ("row_length", "max_segments", "num_bins", "batch_size", "num_shards", "prefetch"):
+        for field in ("row_length", "max_segments", "num_bins", "num_shards", "prefetch"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(self.num_workers >= 0, self, "num_workers", "at least 0")
         check(self.max_caption_tokens >= 2, self, "max_caption_tokens", "at least 2")
@@ -275,7 +292,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """One training run.
+    """One training run, whatever is trained; each kind of model has a subclass.
 
     Attributes:
         num_steps: optimizer updates.
@@ -288,13 +305,9 @@ class ExperimentConfig:
         sample_every: steps between sample sheets (0: never).
     """
 
-    model: ModelConfig = ModelConfig()
-    patch: PatchConfig = PatchConfig()
-    data: DataConfig = DataConfig()
-    flow: FlowConfig = FlowConfig()
+    data: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    sample: SampleConfig = SampleConfig()
     num_steps: int = 10_000
     seed: int = 0
     log_every: int = 10
@@ -309,6 +322,20 @@ class ExperimentConfig:
             check(getattr(self, field) >= 1, self, field, "at least 1")
         for field in ("eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoraConfig(ExperimentConfig):
+    """Training of a `SoraTransformer` on packed rows of clips."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    patch: PatchConfig = PatchConfig()
+    flow: FlowConfig = FlowConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for field, patch in zip(("height", "width"), self.patch.size[1:], strict=True):
             value = getattr(self.sample, field)
             if value % patch:

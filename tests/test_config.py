@@ -7,14 +7,14 @@ from sora_jax import config as c
 
 
 def test_json_round_trip_keeps_every_value():
-    config = c.ExperimentConfig(
+    config = c.SoraConfig(
         data=c.DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
     )
-    assert c.from_json(c.ExperimentConfig, c.to_json(config)) == config
+    assert c.from_json(c.SoraConfig, c.to_json(config)) == config
 
 
 def edited(**changes):
-    values = json.loads(c.to_json(c.ExperimentConfig()))
+    values = json.loads(c.to_json(c.SoraConfig()))
     for path, value in changes.items():
         *parents, last = path.split("__")
         target = values
@@ -30,10 +30,10 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__widht": 3}, r"ExperimentConfig\.model: unknown key 'widht'; the keys are width, depth"),
-        ({"data__seed": KeyError}, r"ExperimentConfig\.data: missing key 'seed'"),
-        ({"model__width": "64"}, r"ExperimentConfig\.model\.width: expected int, got '64'"),
-        ({"model__width": True}, r"ExperimentConfig\.model\.width: expected int, got True"),
+        ({"model__widht": 3}, r"SoraConfig\.model: unknown key 'widht'; the keys are width, depth"),
+        ({"data__seed": KeyError}, r"SoraConfig\.data: missing key 'seed'"),
+        ({"model__width": "64"}, r"SoraConfig\.model\.width: expected int, got '64'"),
+        ({"model__width": True}, r"SoraConfig\.model\.width: expected int, got True"),
         ({"model__remat": "some"}, r"remat: expected one of 'none', 'dots', 'full', got 'some'"),
         ({"patch__size": [1, 2]}, r"patch\.size: expected 3 values"),
         ({"version": 99}, r"reads version 1 of the config, got 99"),
@@ -42,7 +42,7 @@ def edited(**changes):
 )
 def test_json_is_read_strictly(changes, message):
     with pytest.raises(ValueError, match=message):
-        c.from_json(c.ExperimentConfig, edited(**changes))
+        c.from_json(c.SoraConfig, edited(**changes))
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_json_is_read_strictly(changes, message):
         (c.FlowConfig, {"time_std": 0.0}, r"time_std must be positive"),
         (c.OptimizerConfig, {"ema_decay": 1.0}, r"ema_decay must be at least 0 and below 1, got 1\.0"),
         (c.MeshConfig, {"fsdp": -1}, r"fsdp must be given where data is -1"),
-        (c.ExperimentConfig, {"num_steps": 0}, r"ExperimentConfig.num_steps must be at least 1, got 0"),
+        (c.SoraConfig, {"num_steps": 0}, r"SoraConfig.num_steps must be at least 1, got 0"),
         (
-            c.ExperimentConfig,
+            c.SoraConfig,
             {"sample": c.SampleConfig(height=50)},
             r"sample.height must be a multiple of the 8 pixels .* got 50; 48 or 56 would work",
         ),
-        (c.ExperimentConfig, {"patch": c.PatchConfig((2, 48, 64))}, r"sample.width .* got 48; 64 would work"),
+        (c.SoraConfig, {"patch": c.PatchConfig((2, 48, 64))}, r"sample.width .* got 48; 64 would work"),
     ],
 )
 def test_a_bad_value_names_field_value_and_what_is_allowed(cls, changes, message):

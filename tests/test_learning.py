@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.config import DataConfig, ExperimentConfig, FlowConfig, ModelConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import DataConfig, FlowConfig, ModelConfig, OptimizerConfig, PatchConfig, SoraConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.captions import CaptionTable
@@ -22,8 +22,9 @@ from sora_jax.models.text.minilm import load_text_encoder
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.rows import fill_row, stack_rows
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.state import build_model, init_state, state_shardings
-from sora_jax.training.step import make_train_step, weighted_loss
+from sora_jax.training.state import init_state, state_shardings
+from sora_jax.training.step import make_train_step
+from sora_jax.training.tasks.sora import SoraTask, weighted_loss
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "fluent_emoji"
 CAPTIONS = {
@@ -42,7 +43,7 @@ TIMES = (0.3, 0.6, 0.9)
 class Trained:
     """A model after training, with what asks it."""
 
-    config: ExperimentConfig
+    config: SoraConfig
     shard: Shard
     params: dict
     first_loss: float
@@ -63,7 +64,7 @@ def trained(tmp_path_factory):
     report = clip_dataset.prepare(
         folder.ClipFolder, tasks, folder.Converter(256), Encoding(64, 92), str(root / "data"), 0, [], {}
     )
-    config = ExperimentConfig(
+    config = SoraConfig(
         model=ModelConfig(width=64, depth=2, num_heads=2, mlp_dim=256),
         patch=PatchConfig(size=(2, 8, 8)),
         data=DataConfig(
@@ -78,23 +79,25 @@ def trained(tmp_path_factory):
     source = open_source(config.data.path, "train")
     table = CaptionTable.build(source.metadata.captions, lambda captions: encoder.encode(captions, 16))
     mesh = make_mesh(config.mesh)
-    model, tx = build_model(config), make_optimizer(config.optimizer, config.num_steps)
-    shardings = state_shardings(model, tx, config, mesh)
-    state = init_state(model, tx, config, shardings)
-    step = make_train_step(model, tx, config, mesh, shardings)
+    task, tx = SoraTask(config), make_optimizer(config.optimizer, config.num_steps)
+    shardings = state_shardings(task, tx, mesh)
+    state = init_state(task, tx, shardings)
+    step = make_train_step(task, tx, mesh, shardings)
 
     @jax.jit
     def loss(params, batch):
         shape = batch.patches.shape
         times = jnp.tile(jnp.asarray(TIMES), 100)[: shape[0] * config.data.max_segments].reshape(shape[0], -1)
-        total, weight = weighted_loss(params, model, batch, times, jax.random.normal(jax.random.key(3), shape), config)
+        total, weight = weighted_loss(
+            params, task.model, batch, times, jax.random.normal(jax.random.key(3), shape), config
+        )
         return total / weight
 
     @jax.jit
     def apply(params, batch):
         levels = jnp.full((len(batch.patches), 2 * config.data.max_segments), 0.8)
         noise = jax.random.normal(jax.random.key(4), batch.patches.shape)
-        return model.apply(
+        return task.model.apply(
             {"params": params}, noise, batch.positions, batch.segment_ids, levels, batch.level_ids,
             batch.text, batch.text_segment_ids,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from train import load_config
 
 from benchmarks.training_step import Trainer, captions_of, device_name, with_data
 from sora_jax.array_types import PackedBatch
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import SoraConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.pipeline import PackedPipeline, make_pipeline
 
@@ -104,7 +104,7 @@ class Reader:
 
 def run(options: DataOptions) -> dict[str, Any]:
     """Runs the suite, prints its table and returns its figures."""
-    config = load_config(options.config)
+    config = load_config(options.config, SoraConfig)
     changes = {name: value for name, value in dataclasses.asdict(options.data).items() if value is not None}
     config = with_data(config, **changes)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def run(options: DataOptions) -> dict[str, Any]:
     return report(rows, config, options)
 
 
-def pipeline_alone(config: ExperimentConfig, captions: CaptionTable, count: int) -> dict[str, float]:
+def pipeline_alone(config: SoraConfig, captions: CaptionTable, count: int) -> dict[str, float]:
     """Measures how fast the pipeline gives batches when nothing else runs."""
     with make_pipeline(config.data, config.patch, captions) as pipeline:
         reader = Reader(pipeline)
@@ -130,7 +130,7 @@ def pipeline_alone(config: ExperimentConfig, captions: CaptionTable, count: int)
 
 
 def step_alone_and_together(
-    config: ExperimentConfig, captions: CaptionTable, trainer: Trainer, count: int
+    config: SoraConfig, captions: CaptionTable, trainer: Trainer, count: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measures the step on batches that lie ready, and the step fed by the pipeline."""
     accumulation, step = config.optimizer.accumulation_steps, trainer.step(config)
@@ -167,7 +167,7 @@ def count_real(batches: list[PackedBatch]) -> int:
     return sum(int((batch.segment_ids > 0).sum()) for batch in batches)
 
 
-def report(rows: list[dict[str, Any]], config: ExperimentConfig, options: DataOptions) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]], config: SoraConfig, options: DataOptions) -> dict[str, Any]:
     """Prints the table; returns what goes into the JSON file."""
     table = Table(title=f"{options.config} on {device_name()}, {config.data.num_workers} data workers")
     table.add_column("")

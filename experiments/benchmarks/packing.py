@@ -30,7 +30,7 @@ from train import load_config
 
 from benchmarks.training_step import Trainer, captions_of, device_name, kernel_name, with_data
 from sora_jax.array_types import PackedBatch
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import SoraConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.packing import Shard
 from sora_jax.data.sources import open_source
@@ -158,15 +158,15 @@ def run(options: PackingOptions) -> dict[str, Any]:
     return report(rows, config, options)
 
 
-def prepare(options: PackingOptions) -> ExperimentConfig:
+def prepare(options: PackingOptions) -> SoraConfig:
     """Returns the config with the options' clips, one batch an update."""
-    config, clips = load_config(options.config), dataclasses.asdict(options.data)
+    config, clips = load_config(options.config, SoraConfig), dataclasses.asdict(options.data)
     clips["path"] = clips["path"] or config.data.path
     optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)
     return with_data(dataclasses.replace(config, optimizer=optimizer), **clips)
 
 
-def scale_rows(config: ExperimentConfig, row_length: int) -> ExperimentConfig:
+def scale_rows(config: SoraConfig, row_length: int) -> SoraConfig:
     """Returns the config with rows of another length, and the other budgets of a row in proportion."""
     data, factor = config.data, row_length / config.data.row_length
     return with_data(
@@ -177,7 +177,7 @@ def scale_rows(config: ExperimentConfig, row_length: int) -> ExperimentConfig:
     )
 
 
-def plan_rows(source: Any, captions: CaptionTable, config: ExperimentConfig, count: int) -> Plan:
+def plan_rows(source: Any, captions: CaptionTable, config: SoraConfig, count: int) -> Plan:
     """Plans `count` rows, by turns from the shards that training would read."""
     data = config.data
     shards = [Shard(source, captions, data, config.patch, i, True, data.max_clips) for i in range(data.num_shards)]
@@ -188,7 +188,7 @@ def plan_rows(source: Any, captions: CaptionTable, config: ExperimentConfig, cou
 
 
 def compare(
-    plan: Plan, captions: CaptionTable, config: ExperimentConfig, trainer: Trainer, options: PackingOptions
+    plan: Plan, captions: CaptionTable, config: SoraConfig, trainer: Trainer, options: PackingOptions
 ) -> list[dict[str, Any]]:
     """Times all methods on the clips of a plan; returns a row of the table for each."""
     sizes = token_counts(plan.samples, config)
@@ -237,13 +237,13 @@ SHORT_BLOCKS = 4
 """Rows of one clip and at most this many attention blocks are timed with dense attention alone, to compile less."""
 
 
-def token_counts(samples: list[Sample], config: ExperimentConfig) -> np.ndarray:
+def token_counts(samples: list[Sample], config: SoraConfig) -> np.ndarray:
     """Returns the patches of each sample, int64."""
     return np.array([num_tokens(s.num_frames, s.height, s.width, config.patch.size) for s in samples])
 
 
 def make_methods(
-    plan: Plan, captions: CaptionTable, config: ExperimentConfig, num_devices: int, num_buckets: int
+    plan: Plan, captions: CaptionTable, config: SoraConfig, num_devices: int, num_buckets: int
 ) -> dict[str, list[Shape]]:
     """Lays the clips of a plan out by each method."""
     data, samples = config.data, plan.samples
@@ -285,7 +285,7 @@ def time_steps(
     shapes: list[Shape],
     plan: Plan,
     captions: CaptionTable,
-    config: ExperimentConfig,
+    config: SoraConfig,
     trainer: Trainer,
     options: PackingOptions,
 ) -> None:
@@ -305,7 +305,7 @@ def time_steps(
 
 
 def draw_batches(
-    shape: Shape, plan: Plan, captions: CaptionTable, config: ExperimentConfig, options: PackingOptions
+    shape: Shape, plan: Plan, captions: CaptionTable, config: SoraConfig, options: PackingOptions
 ) -> list[PackedBatch]:
     """Decodes `num_steps` batches of a shape, from rows drawn by the seed."""
     rng = np.random.default_rng(options.seed)
@@ -325,7 +325,7 @@ def draw_batches(
     return [stack_rows(filled[i : i + shape.batch_size]) for i in range(0, count, shape.batch_size)]
 
 
-def step_config(shape: Shape, kernel: str, config: ExperimentConfig) -> ExperimentConfig:
+def step_config(shape: Shape, kernel: str, config: SoraConfig) -> SoraConfig:
     """Returns the config of the training step on rows of a shape."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     return with_data(
@@ -339,7 +339,7 @@ def step_config(shape: Shape, kernel: str, config: ExperimentConfig) -> Experime
     )
 
 
-def report(rows: list[dict[str, Any]], config: ExperimentConfig, options: PackingOptions) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]], config: SoraConfig, options: PackingOptions) -> dict[str, Any]:
     """Prints the table; returns what goes into the JSON file."""
     table = Table(title=f"{options.config} on {device_name()}, {options.rows:,} planned rows")
     for name in ("row length", "method", "attention", "real-token share", "real tokens/s", "to padded", "dropped"):

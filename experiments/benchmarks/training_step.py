@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
-from train import attention_for, caption_table
+from setups.sora import attention_for, caption_table
 
 from sora_jax.array_types import Array, PackedBatch
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import SoraConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.models.attention import attention_kernel
 from sora_jax.parallel import rules
@@ -22,8 +22,9 @@ from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import to_global
 from sora_jax.training.loop import global_rows
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.state import build_model, init_state, state_shardings
+from sora_jax.training.state import init_state, state_shardings
 from sora_jax.training.step import make_train_step
+from sora_jax.training.tasks.sora import SoraTask
 
 Metrics = dict[str, Array]
 Step = Callable[[Sequence[PackedBatch]], Metrics]
@@ -39,15 +40,15 @@ class Trainer:
         num_devices: that a batch is split over.
     """
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: SoraConfig) -> None:
         self._mesh = make_mesh(config.mesh)
         self._tx = make_optimizer(config.optimizer, config.num_steps)
-        model = build_model(config, attention_for(config, self._mesh))
-        self._shardings = state_shardings(model, self._tx, config, self._mesh)
-        self._state = init_state(model, self._tx, config, self._shardings)
+        task = SoraTask(config, attention_for(config, self._mesh))
+        self._shardings = state_shardings(task, self._tx, self._mesh)
+        self._state = init_state(task, self._tx, self._shardings)
         self.num_devices = self._mesh.size
 
-    def step(self, config: ExperimentConfig) -> Step:
+    def step(self, config: SoraConfig) -> Step:
         """Returns the update of `config`, made by `sora_jax.training.step.make_train_step`.
 
         Args:
@@ -58,8 +59,8 @@ class Trainer:
             the device and does not wait for the update; `timed` does.
         """
         check_batch_size(config.data.batch_size, dict(self._mesh.shape))
-        model = build_model(config, attention_for(config, self._mesh))
-        train_step = make_train_step(model, self._tx, config, self._mesh, self._shardings)
+        task = SoraTask(config, attention_for(config, self._mesh))
+        train_step = make_train_step(task, self._tx, self._mesh, self._shardings)
         split = rules.batch_sharding(self._mesh, stacked=True)
         rows = global_rows(config, config.optimizer.accumulation_steps, split)
 
@@ -79,7 +80,7 @@ class Trainer:
         return time.perf_counter() - start
 
 
-def kernel_name(config: ExperimentConfig) -> str:
+def kernel_name(config: SoraConfig) -> str:
     """Returns the name of the attention kernel that a config uses here, with `auto` resolved."""
     name = config.model.attention
     if name != "auto":
@@ -87,13 +88,13 @@ def kernel_name(config: ExperimentConfig) -> str:
     return next(n for n in ("xla", "blockwise") if attention_kernel(n) is attention_kernel("auto"))
 
 
-def with_data(config: ExperimentConfig, **changes: object) -> ExperimentConfig:
+def with_data(config: SoraConfig, **changes: object) -> SoraConfig:
     """Returns a config with other values of `config.data`."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
-def captions_of(config: ExperimentConfig, workdir: Path) -> CaptionTable:
-    """Returns the token states of the data set's captions; see `train.caption_table`."""
+def captions_of(config: SoraConfig, workdir: Path) -> CaptionTable:
+    """Returns the token states of the data set's captions; see `setups.sora.caption_table`."""
     return caption_table(config, epath.Path(workdir), Console(stderr=True))
 
 

@@ -20,18 +20,18 @@ Patches of 2x8x8 pixels have more values (384) than the model is wide, so it pre
 
 from sora_jax.config import (
     DataConfig,
-    ExperimentConfig,
     FlowConfig,
     ModelConfig,
     OptimizerConfig,
     PatchConfig,
     SampleConfig,
+    SoraConfig,
 )
 
 
-def config() -> ExperimentConfig:
+def config() -> SoraConfig:
     """Returns the experiment."""
-    return ExperimentConfig(
+    return SoraConfig(
         model=ModelConfig(width=256, depth=6, num_heads=4, mlp_dim=1024, remat="dots"),
         patch=PatchConfig(size=(2, 8, 8)),
         data=DataConfig(

@@ -5,13 +5,13 @@
 A CPU is enough.
 """
 
-from sora_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import DataConfig, OptimizerConfig, PatchConfig, SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 
 
-def config() -> ExperimentConfig:
+def config() -> SoraConfig:
     """Returns the experiment."""
-    return ExperimentConfig(
+    return SoraConfig(
         model=SORA_SIZES["sora_nano"],
         patch=PatchConfig(size=(2, 8, 8)),
         data=DataConfig(num_frames=(1, 8), long_side=(32, 48), row_length=256, text_length=96, max_segments=8),

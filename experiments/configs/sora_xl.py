@@ -10,13 +10,13 @@ Hardware: TPU v5e-8. Parameters, optimizer and batch are all split over the eigh
 
 import dataclasses
 
-from sora_jax.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig, PatchConfig, SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 
 
-def config() -> ExperimentConfig:
+def config() -> SoraConfig:
     """Returns the experiment."""
-    return ExperimentConfig(
+    return SoraConfig(
         model=dataclasses.replace(SORA_SIZES["sora_xl"], dtype="bfloat16", remat="full", attention="splash"),
         patch=PatchConfig(size=(1, 2, 2), channels=16),
         data=DataConfig(row_length=4096, text_length=512, max_segments=32, batch_size=16, num_shards=8),

@@ -129,6 +129,22 @@ def step_term(
     return term, (said.x0 - x0) ** 2
 
 
+def last_floor(levels: Levels) -> Array | None:
+    """Returns the least variance of the last step, which a learned one may not go below: that of the step before.
+
+    The last step's own least variance is 0 (arXiv:2102.09672's code does the same). None where there is one step.
+    """
+    if len(levels.sigma) < 3:
+        return None
+    before, last = (Levels(*(jnp.asarray(a)[i] for a in levels)) for i in (-3, -2))
+    return posterior(before, last).variance
+
+
+def prior_term(x0: Float[Array, "batch *values"], first: Levels) -> Float[Array, "batch *values"]:
+    """Returns L_T of each value (equation 2), in nats; `first` is the noisiest level."""
+    return gaussian_kl(first.alpha * x0, 2 * jnp.log(first.sigma), jnp.zeros_like(x0), jnp.zeros(()))
+
+
 def bound(
     denoise: Denoise,
     x0: Float[Array, "batch *values"],
@@ -156,17 +172,13 @@ def bound(
         return jnp.where(count, values, 0).reshape(len(x0), -1).sum(axis=1)
 
     levels = Levels(*(jnp.asarray(a) for a in levels))
-    first = Levels(*(a[0] for a in levels))
-    prior = gaussian_kl(first.alpha * x0, 2 * jnp.log(first.sigma), jnp.zeros_like(x0), jnp.zeros(()))
-    # At the last step the smallest variance is 0, and stands in for it that of the step before (improved DDPM).
-    floor = posterior(*(Levels(*(a[i] for a in levels)) for i in (-3, -2))).variance if len(levels.sigma) > 2 else None
+    prior = prior_term(x0, Levels(*(a[0] for a in levels)))
+    floor = last_floor(levels) if variance == "learned" else None
 
     def body(_: None, step: tuple[Levels, Levels, Array]) -> tuple[None, tuple[Array, Array]]:
         now, to, index = step
         noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape, x0.dtype)
-        term, error = step_term(
-            denoise, x0, noise, now, to, variance, discrete, floor if variance == "learned" else None
-        )
+        term, error = step_term(denoise, x0, noise, now, to, variance, discrete, floor)
         return None, (per_example(term), per_example(error))
 
     pairs = Levels(*(a[:-1] for a in levels)), Levels(*(a[1:] for a in levels))

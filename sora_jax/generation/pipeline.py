@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
-from sora_jax.config import ExperimentConfig, MeshConfig
+from sora_jax.config import MeshConfig, SoraConfig
 from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sample, sample_chunk, start
@@ -61,7 +61,7 @@ class SoraPipeline:
 
     def __init__(
         self,
-        config: ExperimentConfig,
+        config: SoraConfig,
         params: PyTree,
         text_encoder: TextEncoder,
         devices: Sequence[jax.Device] | None = None,

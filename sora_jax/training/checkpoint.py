@@ -20,11 +20,12 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sora_jax.array_types import PyTree
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.quantize import quantize_tensors
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, flat_names, read_params, tensor_bytes
-from sora_jax.training.run_directory import read_config, write_config
+from sora_jax.training.run_directory import Config, read_config, write_config
 from sora_jax.training.state import TrainState, abstract_params
+from sora_jax.training.tasks.make import make_task
 
 FOLDER = "checkpoints"
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -143,13 +144,14 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
-def load_model(path: epath.PathLike, averaged: bool = True) -> tuple[ExperimentConfig, PyTree]:
+def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] = SoraConfig) -> tuple[Config, PyTree]:
     """Reads a model's config and parameters.
 
     Args:
         path: a run (its newest checkpoint is read), one checkpoint of a run (`WORKDIR/checkpoints/STEP`) or an
             exported model.
         averaged: of a run, read the EMA of the parameters rather than the parameters.
+        kind: of the experiment that trained it.
 
     Returns:
         The config, and the parameters as NumPy arrays, float32.
@@ -162,12 +164,12 @@ def load_model(path: epath.PathLike, averaged: bool = True) -> tuple[ExperimentC
     if not path.exists():
         raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
     if (path / WEIGHTS_FILE).exists():
-        config = read_config(path)
+        config = read_config(path, kind)
         params = read_params(path / WEIGHTS_FILE)
     else:
-        config = read_config(path.parent.parent if path.parent.name == FOLDER else path)
+        config = read_config(path.parent.parent if path.parent.name == FOLDER else path, kind)
         params = _read_orbax(_checkpoint_directory(path) / ("ema_params" if averaged else "params"))
-    check_shapes(params, abstract_params(config), str(path))
+    check_shapes(params, abstract_params(make_task(config)), str(path))
     return config, params
 
 
@@ -193,7 +195,7 @@ def export_model(
         raise ValueError(f"{path} holds a run, and its config.json would be replaced: choose another --output.")
     if storage_dtype not in STORAGE_DTYPES:
         raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_DTYPES)}, got {storage_dtype!r}.")
-    check_shapes(params, abstract_params(config), "the model to export")
+    check_shapes(params, abstract_params(make_task(config)), "the model to export")
     values = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
     with np.errstate(over="ignore", invalid="ignore"):
         if storage_dtype == "int8":

@@ -1,11 +1,10 @@
-"""Floating-point operations: counted over a jaxpr, and the useful ones of a packed batch in closed form.
+"""Floating-point operations, counted over a jaxpr.
 
 A multiply-accumulate is two operations. XLA's own count takes a scanned body once, so it cannot be used here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from sora_jax.config import ExperimentConfig
-from sora_jax.models.sora import GRID_FREQUENCIES
 from sora_jax.training import state, step
 from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.tasks.task import Task
 
 # Dense bfloat16 peak of a chip in FLOP/s, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -86,57 +84,16 @@ def _grid_size(params: dict[str, Any]) -> int:
     return math.prod(getattr(params.get("grid_mapping"), "grid", ()))
 
 
-def step_flops(config: ExperimentConfig) -> int:
-    """Returns the operations of one update as XLA would run it: full attention over rows, padding included.
+def step_flops(task: Task) -> int:
+    """Returns the operations of one update as XLA would run it, padding included.
 
-    It is traced with shapes alone, with the dense reference attention whatever kernel the config names.
+    It is traced with shapes alone. An attention kernel counts what its own code does, the dense one full rows.
     """
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-    model, tx = state.build_model(config), make_optimizer(config.optimizer, config.num_steps)
-    shapes = jax.eval_shape(lambda: state.fresh_state(state.unboxed_params(model, config), tx))
-    accumulation = config.optimizer.accumulation_steps
-    batches = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((accumulation, *s.shape), s.dtype), state.abstract_batch(config)
-    )
-    rows = jax.ShapeDtypeStruct((accumulation, config.data.batch_size), "int32")
-    return count_flops(lambda *args: step.update(*args, model=model, tx=tx, config=config), shapes, batches, rows)
-
-
-def forward_flops(
-    config: ExperimentConfig,
-    *,
-    real_tokens: float,
-    text_tokens: float,
-    self_pairs: float,
-    cross_pairs: float,
-    clips: float,
-) -> float:
-    """Returns the useful operations of a forward pass: those that each clip would need alone, without padding.
-
-    So attention counts the sum of the squares of the segments' lengths, and a packed row does not flatter itself.
-
-    Args:
-        config: of the experiment.
-        real_tokens: patches that are not padding.
-        text_tokens: caption tokens that are not padding.
-        self_pairs: sum over segments of their length squared.
-        cross_pairs: sum over segments of their length times that of their caption.
-        clips: segments; the conditioning is computed for one noise level of each.
-    """
-    m, patch_dim = config.model, config.patch.dim
-    w = m.width
-    a_token = 2 * 2 * patch_dim * w + m.depth * (2 * 4 * w * w + 2 * 2 * w * w + 2 * 2 * w * m.mlp_dim)
-    if m.grid_embedding:
-        a_token += 2 * 5 * GRID_FREQUENCIES * w
-    a_text_token = 2 * (m.text_dim * w + w * w) + m.depth * 2 * 2 * w * w
-    a_clip = 2 * (m.frequency_dim * w + w * w + 6 * w * w)
-    a_pair = m.depth * 2 * 2 * w
-    return real_tokens * a_token + text_tokens * a_text_token + clips * a_clip + (self_pairs + cross_pairs) * a_pair
-
-
-def model_flops(config: ExperimentConfig, **counts: float) -> float:
-    """Returns the useful operations of training on a batch: three forward passes; see `forward_flops`."""
-    return 3 * forward_flops(config, **counts)
+    config = task.config
+    tx = make_optimizer(config.optimizer, config.num_steps)
+    shapes = jax.eval_shape(lambda: state.fresh_state(state.unboxed_params(task), tx))
+    batches, rows = state.abstract_batches(task)
+    return count_flops(lambda *args: step.update(*args, task=task, tx=tx), shapes, batches, rows)
 
 
 def peak_flops(device: jax.Device) -> float | None:

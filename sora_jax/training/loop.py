@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from sora_jax.array_types import PackedBatch, PyTree
+from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
@@ -34,20 +34,21 @@ from sora_jax.training.state import (
     TrainState,
     abstract_params,
     abstract_state,
-    build_model,
     init_state,
     state_from_params,
     state_shardings,
 )
 from sora_jax.training.step import EvalStep, make_eval_step, make_train_step
+from sora_jax.training.tasks.make import make_task
+from sora_jax.training.tasks.task import Task
 from sora_jax.training.telemetry import Stopwatch, Telemetry, interval_figures
 
 
 class Batches(Protocol):
     """An iterator over the rows of this host, (B / hosts, ...) NumPy arrays, whose place can be saved."""
 
-    def __iter__(self) -> Iterator[PackedBatch]: ...
-    def __next__(self) -> PackedBatch: ...
+    def __iter__(self) -> Iterator[PyTree]: ...
+    def __next__(self) -> PyTree: ...
     def get_state(self) -> dict[str, Any]:
         """Returns the place after the last batch given, JSON-able, by parts that no other host has."""
 
@@ -81,16 +82,17 @@ class NonFiniteLossError(FloatingPointError):
 class _Run:
     """What the parts of the loop share."""
 
+    task: Task
     config: ExperimentConfig
     workdir: epath.Path
     checkpointer: Checkpointer
     telemetry: Telemetry
     batches: Batches
-    ahead: list[PackedBatch]  # read from them and not used yet: the first of a new run
+    ahead: list[PyTree]  # read from them and not used yet: the first of a new run
     guard: PreemptionGuard
     best_loss: float
 
-    def next_batch(self) -> PackedBatch:
+    def next_batch(self) -> PyTree:
         """Returns the next batch to train on."""
         return self.ahead.pop() if self.ahead else _next_batch(self.batches, self.config.data.split)
 
@@ -150,15 +152,16 @@ def train(
     if first_step is not None:
         run_directory.check_config(workdir, config, first_step)
     done = run_directory.done_step(workdir)
-    if done is not None and config.num_steps <= done:
+    # Where the last checkpoint was removed, the run goes on from what is left.
+    if done is not None and first_step is not None and config.num_steps <= min(done, first_step):
         return Outcome.ALREADY_FINISHED
 
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, dict(mesh.shape))
-    model = build_model(config, attention_for(mesh) if attention_for else None)
+    task = make_task(config, attention_for(mesh) if attention_for else None)
     tx = make_optimizer(config.optimizer, config.num_steps)
-    shardings = state_shardings(model, tx, config, mesh)
-    start = _initial_params(config, init_from)
+    shardings = state_shardings(task, tx, mesh)
+    start = _initial_params(task, init_from)
 
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(PreemptionGuard())
@@ -169,12 +172,12 @@ def train(
         evaluates = bool(config.eval_every and config.data.eval_splits)
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep, evaluates)))
         if first_step is not None:
-            state, places = checkpointer.restore(abstract_state(model, tx, config, shardings), first_step)
+            state, places = checkpointer.restore(abstract_state(task, tx, shardings), first_step)
             batches.set_state(places)
         elif start is not None:
             state = state_from_params(start, tx, shardings)
         else:
-            state = init_state(model, tx, config, shardings)
+            state = init_state(task, tx, shardings)
         if jax.process_index() == 0:
             run_directory.write_config(workdir, config)
             (workdir / "DONE").unlink(missing_ok=True)
@@ -186,9 +189,9 @@ def train(
             f"{'starting' if first_step is None else 'continuing'} at step {first_step or 0} of {config.num_steps}: "
             f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
         )
-        run = _Run(config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
-        train_step = make_train_step(model, tx, config, mesh, shardings)
-        held_out = HeldOut(config, open_batches, mesh, make_eval_step(model, config, mesh, shardings.params))
+        run = _Run(task, config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
+        train_step = make_train_step(task, tx, mesh, shardings)
+        held_out = HeldOut(config, open_batches, mesh, make_eval_step(task, mesh, shardings.params))
         return _steps(run, state, first_step or 0, train_step, held_out, sample_sheet, mesh)
 
 
@@ -210,7 +213,7 @@ def _steps(
     for step in range(first_step + 1, config.num_steps + 1):
         with stopwatch.waiting():
             local = [run.next_batch() for _ in range(accumulation)]
-        stacked = to_global(PackedBatch(*(np.stack(leaves) for leaves in zip(*local, strict=True))), split)
+        stacked = to_global(jax.tree.map(lambda *leaves: np.stack(leaves), *local), split)
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, stacked, rows)
         pending.append(metrics)
@@ -221,7 +224,9 @@ def _steps(
         if step % config.log_every == 0 or step == config.num_steps:
             fetched = jax.device_get(pending)
             run.require_finite(state)
-            figures = interval_figures(fetched, stopwatch.elapsed(), stopwatch.waited, config, list(mesh.devices.flat))
+            figures = interval_figures(
+                fetched, stopwatch.elapsed(), stopwatch.waited, run.task, list(mesh.devices.flat)
+            )
             telemetry.write(step, figures)
             pending = []
             stopwatch.restart()
@@ -284,7 +289,7 @@ class HeldOut:
         self._split = rules.batch_sharding(mesh)
         self._everywhere = rules.replicated(mesh)
         self._rows = global_rows(config, None, self._split)
-        self._batches: dict[str, list[PackedBatch]] = {}
+        self._batches: dict[str, list[PyTree]] = {}
 
     def losses(self, params: PyTree) -> dict[str, float]:
         """Returns each split's loss, weighted by tokens or clips over all of its batches."""
@@ -305,7 +310,7 @@ class HeldOut:
             result[split] = float(np.sum(totals) / max(np.sum(weights), 1))
         return result
 
-    def _read(self, split: str) -> list[PackedBatch]:
+    def _read(self, split: str) -> list[PyTree]:
         """Returns at most `eval_batches` batches, as many on every host."""
         with contextlib.closing(self._open(split, False)) as batches:
             found = list(itertools.islice(batches, self._config.eval_batches))
@@ -328,7 +333,7 @@ def global_rows(config: ExperimentConfig, accumulation: int | None, sharding: Na
     return to_global(local if accumulation else local[0], sharding)
 
 
-def _next_batch(batches: Batches, split: str) -> PackedBatch:
+def _next_batch(batches: Batches, split: str) -> PyTree:
     """Returns the next batch; ValueError where the split has ended, which a training split never does."""
     try:
         return next(batches)
@@ -336,10 +341,10 @@ def _next_batch(batches: Batches, split: str) -> PackedBatch:
         raise ValueError(f"split {split!r} gave no more batches; is it empty?") from None
 
 
-def _initial_params(config: ExperimentConfig, init_from: epath.PathLike | None) -> PyTree | None:
+def _initial_params(task: Task, init_from: epath.PathLike | None) -> PyTree | None:
     """Returns the parameters to start from, None for fresh ones."""
     if init_from is None:
         return None
-    params = load_model(init_from)[1]
-    check_shapes(params, abstract_params(config), f"init_from {init_from}")
+    params = load_model(init_from, kind=type(task.config))[1]
+    check_shapes(params, abstract_params(task), f"init_from {init_from}")
     return params

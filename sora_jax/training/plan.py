@@ -16,12 +16,13 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.splash import splash_attention
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.state import abstract_batch, abstract_state, build_model, state_shardings
+from sora_jax.training.state import abstract_batches, abstract_state, state_shardings
 from sora_jax.training.step import make_train_step
+from sora_jax.training.tasks.make import make_task
 
 EXAMPLES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4")
 
@@ -110,8 +111,8 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
         sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
         reason = f"it needs {sizes[1]} of {sizes[2]}" if sizes else str(error).splitlines()[0]
         raise OutOfMemoryError(
-            f"a step does not fit {devices[0].device_kind}: {reason}. A smaller data.batch_size or data.row_length, "
-            "a larger mesh.fsdp or model.remat full needs less."
+            f"a step does not fit {devices[0].device_kind}: {reason}. A smaller data.batch_size (or "
+            "data.row_length), a larger mesh.fsdp or model.remat full needs less."
         ) from error
     memory, program = compiled.memory_analysis(), compiled.as_text()
     parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
@@ -162,16 +163,17 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Returns the training step traced for a mesh with shapes alone, ready to be compiled."""
-    if config.model.attention == "auto":  # which would look at the platform of this machine
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-    model = build_model(config, splash_attention(mesh) if config.model.attention == "splash" else None)
+    kernel = None
+    if isinstance(config, SoraConfig):
+        if config.model.attention == "auto":  # which would look at the platform of this machine
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+        kernel = splash_attention(mesh) if config.model.attention == "splash" else None
+    task = make_task(config, kernel)
     tx = make_optimizer(config.optimizer, config.num_steps)
-    shardings = state_shardings(model, tx, config, mesh)
-    accumulation = config.optimizer.accumulation_steps
-    batches = jax.tree.map(lambda s: jax.ShapeDtypeStruct((accumulation, *s.shape), s.dtype), abstract_batch(config))
-    rows = jax.ShapeDtypeStruct((accumulation, config.data.batch_size), "int32")
-    step = make_train_step(model, tx, config, mesh, shardings)
-    return step.lower(abstract_state(model, tx, config, shardings), batches, rows)
+    shardings = state_shardings(task, tx, mesh)
+    return make_train_step(task, tx, mesh, shardings).lower(
+        abstract_state(task, tx, shardings), *abstract_batches(task)
+    )
 
 
 def count_collectives(program: str) -> dict[str, int]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
-from sora_jax.config import ExperimentConfig, from_json, to_json
+from sora_jax.config import ExperimentConfig, SoraConfig, from_json, to_json
+
+Config = TypeVar("Config", bound=ExperimentConfig)
 
 # What may change when a run is continued: how long it is, what is written and when, and how the same numbers are
 # computed. A longer run stretches its cosine over the new `num_steps` from where it stands.
@@ -40,8 +42,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_config(directory: epath.PathLike) -> ExperimentConfig:
+def read_config(directory: epath.PathLike, kind: type[Config] = SoraConfig) -> Config:
     """Reads `config.json` of a run or of an exported model.
+
+    Args:
+        directory: of the run or the model.
+        kind: of the experiment that trained it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -51,7 +57,7 @@ def read_config(directory: epath.PathLike) -> ExperimentConfig:
     if not path.exists():
         raise FileNotFoundError(f"{directory} is neither a run nor an exported model: it has no config.json.")
     try:
-        return from_json(ExperimentConfig, path.read_text())
+        return from_json(kind, path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -80,7 +86,7 @@ def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_ste
         ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
             is below the step already reached; names the field and both values.
     """
-    before = flatten(dataclasses.asdict(read_config(directory)))
+    before = flatten(dataclasses.asdict(read_config(directory, type(config))))
     for name, value in flatten(dataclasses.asdict(config)).items():
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in CHANGEABLE)
         if value != before[name] and not may_change:

@@ -6,7 +6,7 @@ import jax
 
 from sora_jax.array_types import Array, Int
 
-INIT, TIMES, NOISE, EVAL_TIMES, EVAL_NOISE = range(5)
+INIT, TRAIN, EVAL = range(3)
 
 
 def derive(seed: int, step: Int[Array, ""] | int, stream: int) -> jax.Array:

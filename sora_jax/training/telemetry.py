@@ -19,10 +19,21 @@ import rich.progress
 import tensorboardX
 from etils import epath
 
-from sora_jax.config import ExperimentConfig
-from sora_jax.training.flops import model_flops, peak_flops
+from sora_jax.training.flops import peak_flops
+from sora_jax.training.tasks.task import Task
 
-COUNTS = ("real_tokens", "text_tokens", "self_pairs", "cross_pairs", "clips")
+# Of the figures of an interval, those that stand in the progress line, and how.
+LINE = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad {:.3g}",
+    "step_seconds": "{:.3g} s/step",
+    "real_tokens_per_second": "{:,.0f} tokens/s",
+    "real_token_share": "({:.1%} real)",
+    "examples_per_second": "{:,.0f} examples/s",
+    "wait_share": "waiting {:.1%}",
+    "model_flops_per_second": "{:.4g} FLOP/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 class Stopwatch:
@@ -58,7 +69,7 @@ def interval_figures(
     metrics: Sequence[Mapping[str, np.ndarray]],
     seconds: float,
     waited: float,
-    config: ExperimentConfig,
+    task: Task,
     devices: Sequence[jax.Device],
 ) -> dict[str, float]:
     """Returns the figures of an interval of steps.
@@ -67,29 +78,25 @@ def interval_figures(
         metrics: of each step, as `sora_jax.training.step.update` returns them.
         seconds: that the steps took together.
         waited: of these, for data.
-        config: of the experiment.
+        task: what is trained.
         devices: that took part.
 
     Returns:
-        `loss` and `grad_norm` (means over steps), `learning_rate` (of the last), `step_seconds`,
-        `real_tokens_per_second`, `real_token_share`, `clips_per_second`, `wait_share`, `model_flops_per_second` and,
-        where the chip's peak is known, `mfu`.
+        `loss` and `grad_norm` (means over steps), `learning_rate` (of the last), `step_seconds`, `wait_share`, the
+        task's `rates` and, where these name useful operations and the chip's peak is known, `mfu`.
     """
     count = len(metrics)
-    totals = {name: float(sum(m[name] for m in metrics)) for name in COUNTS}
-    slots = count * config.optimizer.accumulation_steps * config.data.batch_size * config.data.row_length
+    of_update = ("loss", "grad_norm", "learning_rate")
+    totals = {name: float(sum(m[name] for m in metrics)) for name in metrics[0] if name not in of_update}
     figures = {
         "loss": float(np.mean([m["loss"] for m in metrics])),
         "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
         "learning_rate": float(metrics[-1]["learning_rate"]),
         "step_seconds": seconds / count,
-        "real_tokens_per_second": totals["real_tokens"] / seconds,
-        "real_token_share": totals["real_tokens"] / slots,
-        "clips_per_second": totals["clips"] / seconds,
         "wait_share": waited / seconds,
-        "model_flops_per_second": model_flops(config, **totals) / seconds,
     }
-    if peak := peak_flops(devices[0]):
+    figures |= task.rates(totals, seconds, count * task.config.optimizer.accumulation_steps)
+    if "model_flops_per_second" in figures and (peak := peak_flops(devices[0])):
         figures["mfu"] = figures["model_flops_per_second"] / (peak * len(devices))
     return figures
 
@@ -151,13 +158,7 @@ class Telemetry:
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
         if "loss" in figures:
-            text = (
-                f"loss {figures['loss']:.4f}  grad {figures['grad_norm']:.3g}  {figures['step_seconds']:.3g} s/step  "
-                f"{figures['real_tokens_per_second']:,.0f} tokens/s ({figures['real_token_share']:.1%} real)  "
-                f"waiting {figures['wait_share']:.1%}  {figures['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
-            )
-            if "mfu" in figures:
-                text += f"  MFU {figures['mfu']:.1%}"
+            text = "  ".join(form.format(figures[name]) for name, form in LINE.items() if name in figures)
             self._progress.update(self._task, completed=step, line=text)
             if not self._console.is_terminal:
                 self._print(f"step {step}/{self._num_steps}  {text}")

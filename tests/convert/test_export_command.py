@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from sora_jax.config import ExperimentConfig, ModelConfig, PatchConfig
+from sora_jax.config import ModelConfig, PatchConfig, SoraConfig
 from sora_jax.training.checkpoint import export_model, load_model
-from sora_jax.training.state import build_model, unboxed_params
+from sora_jax.training.state import unboxed_params
+from sora_jax.training.tasks.sora import SoraTask
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
-CONFIG = ExperimentConfig(
+CONFIG = SoraConfig(
     model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=8, frequency_dim=8),
     patch=PatchConfig(size=(1, 2, 2), channels=1),
 )
@@ -29,7 +30,7 @@ def main():
 
 
 def test_export_halves_a_model(main, tmp_path, capsys):
-    export_model(tmp_path / "full", CONFIG, unboxed_params(build_model(CONFIG), CONFIG))
+    export_model(tmp_path / "full", CONFIG, unboxed_params(SoraTask(CONFIG)))
     source, output, table = (str(tmp_path / name) for name in ("full", "half", "table.json"))
     command = ["export", "--source", source, "--output", output, "--storage-dtype", "bfloat16", "--json", table]
     assert main(command) == 0
@@ -57,7 +58,7 @@ def test_export_of_nothing(main, tmp_path, capsys):
     ("output", "message"), [(".", "--output must be outside of the run"), ("../other", "--output")]
 )
 def test_export_over_a_run(main, tmp_path, capsys, output, message):
-    export_model(tmp_path / "full", CONFIG, unboxed_params(build_model(CONFIG), CONFIG))
+    export_model(tmp_path / "full", CONFIG, unboxed_params(SoraTask(CONFIG)))
     for name in ("run", "other"):
         (tmp_path / name / "checkpoints" / "3").mkdir(parents=True)
     source = {".": "run/checkpoints/3", "../other": "full"}[output]

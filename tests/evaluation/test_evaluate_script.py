@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.config import DataConfig, ExperimentConfig, SampleConfig
+from sora_jax.config import DataConfig, SampleConfig, SoraConfig
 from sora_jax.data.records import ClipMetadata
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "evaluate.py"
@@ -60,7 +60,7 @@ class Painter:
     """A model that paints the right colour for some of its prompts, at half the motion."""
 
     def __init__(self, source, right):
-        self.config = ExperimentConfig(data=DataConfig(max_clips=10), sample=SampleConfig(height=24, width=24, fps=8.0))
+        self.config = SoraConfig(data=DataConfig(max_clips=10), sample=SampleConfig(height=24, width=24, fps=8.0))
         self.source, self.right, self.calls = source, right, []
 
     def __call__(self, prompts, num_frames, height, width, fps, **rest):

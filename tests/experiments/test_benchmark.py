@@ -3,14 +3,13 @@ import importlib.util
 import io
 import json
 import pathlib
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, PatchConfig
+from sora_jax.config import DataConfig, ModelConfig, PatchConfig, SoraConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.packing import Shard
 from sora_jax.data.pipeline import PackedPipeline
@@ -18,7 +17,6 @@ from sora_jax.data.records import ClipMetadata
 from sora_jax.patches.patchify import num_tokens
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))  # what Python does for a script
 
 
 def load_script():
@@ -31,7 +29,7 @@ def load_script():
 benchmark = load_script()
 packing, data, samplers = benchmark.packing, benchmark.data, benchmark.samplers
 
-CONFIG = ExperimentConfig(
+CONFIG = SoraConfig(
     model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=3, frequency_dim=8),
     patch=PatchConfig(size=(2, 8, 8)),
     data=DataConfig(
@@ -81,7 +79,7 @@ def fake_data(monkeypatch):
     def install(source):
         dense = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention="xla"))
         for suite, config in ((packing, CONFIG), (data, dense)):  # dense attention compiles sooner
-            monkeypatch.setattr(suite, "load_config", lambda name, config=config: config)
+            monkeypatch.setattr(suite, "load_config", lambda name, kind, config=config: config)
             monkeypatch.setattr(suite, "captions_of", lambda config, folder: caption_table(source))
         monkeypatch.setattr(packing, "open_source", lambda path, split: source)
         monkeypatch.setattr(

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import rich.console
+from setups.sora import without_missing_splits
 
-from sora_jax.config import ExperimentConfig
+from sora_jax.config import SoraConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def script():
         (["sora_nano", "--dry-run", "--sample.height", "50"], "sample.height must be a multiple of the 8 pixels"),
         (["nothing_like_it", "--dry-run"], "no config 'nothing_like_it': give one of"),
         (["--dry-run"], "CONFIG comes first"),
-        (["sora_nano"], "--workdir is needed"),
+        (["sora_nano"], "--data.path is needed"),
         (["sora_nano", "--workdir", "runs/x"], "--data.path is needed"),
         (["sora_nano", "--dry-run", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),
     ],
@@ -77,13 +78,13 @@ def test_help_shows_examples(script, capsys):
 def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
     (tmp_path / "large.py").write_text(
         "import dataclasses\n"
-        "from sora_jax.config import DataConfig, ExperimentConfig, MeshConfig, PatchConfig\n"
+        "from sora_jax.config import DataConfig, SoraConfig, MeshConfig, PatchConfig\n"
         "from sora_jax.models.sora import SORA_SIZES\n"
         "def config():\n"
         "    model = dataclasses.replace(SORA_SIZES['wan_14b'], attention='splash', remat='full')\n"
         "    data = DataConfig(row_length=32768, text_length=2048, batch_size=64, num_shards=64)\n"
         "    patch = PatchConfig(size=(1, 2, 2), channels=16)\n"
-        "    return ExperimentConfig(model=model, data=data, patch=patch, mesh=MeshConfig(data=-1, fsdp=32))\n"
+        "    return SoraConfig(model=model, data=data, patch=patch, mesh=MeshConfig(data=-1, fsdp=32))\n"
     )
     arguments = [str(tmp_path / "large.py"), "--dry-run", "--json", str(tmp_path / "new" / "plan.json")]
     assert script.main(arguments) == 0
@@ -141,8 +142,8 @@ def test_several_hosts_that_nothing_names_are_an_error(script, capsys, monkeypat
     assert "on one machine leave --multihost out" in error
 
 
-def test_held_out_splits_that_the_data_lacks_are_left_out_and_named(script, capsys, monkeypatch):
+def test_held_out_splits_that_the_data_lacks_are_left_out_and_named(capsys, monkeypatch):
     monkeypatch.setattr("sora_jax.data.sources.split_names", lambda path: ["train", "unseen"])
-    config = script.without_missing_splits(ExperimentConfig(), rich.console.Console(stderr=True))
+    config = without_missing_splits(SoraConfig(), rich.console.Console(stderr=True))
     assert config.data.eval_splits == ("unseen",)
     assert "no held-out loss of compositional: the data set has train, unseen" in capsys.readouterr().err

@@ -4,12 +4,12 @@ import jax
 import pytest
 from tiny_model import TEXT_DIM, WordEncoder, random_params
 
-from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, PatchConfig, SampleConfig
+from sora_jax.config import DataConfig, ModelConfig, PatchConfig, SampleConfig, SoraConfig
 from sora_jax.generation.pipeline import SoraPipeline
 
 
 def make_config():
-    return ExperimentConfig(
+    return SoraConfig(
         model=ModelConfig(width=32, depth=1, num_heads=2, mlp_dim=64, text_dim=TEXT_DIM, frequency_dim=16),
         patch=PatchConfig(size=(2, 4, 4)),
         data=DataConfig(max_caption_tokens=8, text_length=32),

@@ -19,14 +19,15 @@ from sora_jax.parallel.multihost import to_global
 from sora_jax.training import state as states
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.step import make_eval_step, make_train_step
+from sora_jax.training.tasks.sora import SoraTask
 
 
 def losses(config, mesh):
     """Returns the loss of each update, the held-out loss after them, and the largest shard of a parameter."""
-    model, tx = states.build_model(config), make_optimizer(config.optimizer, config.num_steps)
-    shardings = states.state_shardings(model, tx, config, mesh)
-    state = states.init_state(model, tx, config, shardings)
-    step = make_train_step(model, tx, config, mesh, shardings)
+    task, tx = SoraTask(config), make_optimizer(config.optimizer, config.num_steps)
+    shardings = states.state_shardings(task, tx, mesh)
+    state = states.init_state(task, tx, shardings)
+    step = make_train_step(task, tx, mesh, shardings)
     stacked, flat = rules.batch_sharding(mesh, stacked=True), rules.batch_sharding(mesh)
     rows = np.arange(config.data.batch_size, dtype=np.int32)
     found = []
@@ -35,7 +36,7 @@ def losses(config, mesh):
         batches = to_global(PackedBatch(*(leaf[None] for leaf in batch)), stacked)
         state, metrics = step(state, batches, to_global(rows[None], stacked))
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    evaluate = make_eval_step(model, config, mesh, shardings.params)
+    evaluate = make_eval_step(task, mesh, shardings.params)
     index = jax.device_put(np.int32(0), rules.replicated(mesh))
     total, weight = evaluate(state.ema_params, to_global(batch, flat), to_global(rows, flat), index)
     kernel = state.params["blocks"]["mlp"]["mlp"]["fc1"]["kernel"]

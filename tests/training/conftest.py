@@ -20,10 +20,9 @@ def compiled_once(tmp_path_factory):
 def _remember(make):
     made = {}
 
-    def remembered(*args):
-        key = next(a for a in args if isinstance(a, loop.ExperimentConfig))
-        if key not in made:
-            made[key] = make(*args)
-        return made[key]
+    def remembered(task, *rest):
+        if task.config not in made:
+            made[task.config] = make(task, *rest)
+        return made[task.config]
 
     return remembered

@@ -13,6 +13,7 @@ from sora_jax.models.weights import flat_names
 from sora_jax.training import state as states
 from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, load_model
 from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.tasks.sora import SoraTask
 
 CONFIG = tiny_run.CONFIG
 
@@ -21,9 +22,7 @@ CONFIG = tiny_run.CONFIG
 def state():
     """Returns a state in which no two numbers are alike."""
     shapes = jax.eval_shape(
-        lambda: states.fresh_state(
-            states.unboxed_params(states.build_model(CONFIG), CONFIG), make_optimizer(CONFIG.optimizer, 5)
-        )
+        lambda: states.fresh_state(states.unboxed_params(SoraTask(CONFIG)), make_optimizer(CONFIG.optimizer, 5))
     )
     rng = np.random.default_rng(0)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

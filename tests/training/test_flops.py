@@ -8,7 +8,8 @@ import tiny_run
 
 from sora_jax.models.sora import SORA_SIZES
 from sora_jax.training import state as states
-from sora_jax.training.flops import count_flops, forward_flops, step_flops
+from sora_jax.training.flops import count_flops, step_flops
+from sora_jax.training.tasks.sora import SoraTask, forward_flops
 
 
 def test_matrix_product_scan_and_convolution():
@@ -36,13 +37,13 @@ def test_loop_of_unknown_length_is_refused():
 def test_useful_flops_equal_the_jaxpr_of_one_clip_alone():
     """A row that one clip fills: nothing is padding, so the closed form must be what the model does."""
     config = tiny_run.config(data={"row_length": 12, "text_length": 5, "max_caption_tokens": 2})
-    model = states.build_model(config)
-    batch = states.abstract_batch(config, num_rows=1)
+    task = SoraTask(config)
+    batch = task.abstract_batch(num_rows=1)
     levels = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    apply = lambda params, *args: model.apply({"params": params}, *args)  # noqa: E731
+    apply = lambda params, *args: task.model.apply({"params": params}, *args)  # noqa: E731
     counted = count_flops(
         apply,
-        states.abstract_params(config),
+        states.abstract_params(task),
         batch.patches,
         batch.positions,
         batch.segment_ids,
@@ -58,8 +59,8 @@ def test_useful_flops_equal_the_jaxpr_of_one_clip_alone():
 
 
 def test_step_counts_backward_and_accumulation():
-    one = step_flops(tiny_run.CONFIG)
-    two = step_flops(tiny_run.config(optimizer={"accumulation_steps": 2}))
+    one = step_flops(SoraTask(tiny_run.CONFIG))
+    two = step_flops(SoraTask(tiny_run.config(optimizer={"accumulation_steps": 2})))
     assert two == 2 * one
     rows, length, text = 8, 12, 8
     dense = forward_flops(
@@ -75,6 +76,6 @@ def test_step_counts_backward_and_accumulation():
 
 def test_a_14b_step_is_counted_without_allocating_it():
     config = dataclasses.replace(tiny_run.CONFIG, model=SORA_SIZES["wan_14b"])
-    shapes = states.abstract_params(config)
+    shapes = states.abstract_params(SoraTask(config))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) > 14e9
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))

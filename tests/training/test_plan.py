@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from sora_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
+from sora_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.training import plan
@@ -28,7 +28,7 @@ PROGRAM = """
 
 
 def small_config(**model):
-    return ExperimentConfig(
+    return SoraConfig(
         model=dataclasses.replace(SORA_SIZES["sora_nano"], **model),
         data=DataConfig(row_length=128, text_length=32, max_segments=4, batch_size=8),
         optimizer=OptimizerConfig(accumulation_steps=2),

@@ -103,10 +103,10 @@ def test_stopped_in_the_middle_of_packing(clips, tmp_path):
 
 
 CONFIG_FILE = """
-from sora_jax.config import ExperimentConfig, from_json
+from sora_jax.config import SoraConfig, from_json
 
 def config():
-    return from_json(ExperimentConfig, {text!r})
+    return from_json(SoraConfig, {text!r})
 """
 
 

@@ -10,7 +10,8 @@ from sora_jax.array_types import PackedBatch
 from sora_jax.training import state as states
 from sora_jax.training import streams
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.step import count_tokens, draw_noise, update, weighted_loss
+from sora_jax.training.step import update
+from sora_jax.training.tasks.sora import SoraTask, count_tokens, draw_noise, weighted_loss
 
 
 class ZeroModel:
@@ -23,13 +24,13 @@ class ZeroModel:
 @pytest.fixture(scope="module")
 def tiny():
     config = tiny_run.CONFIG
-    model, tx = states.build_model(config), make_optimizer(config.optimizer, config.num_steps)
-    params = states.unboxed_params(model, config)
+    task, tx = SoraTask(config), make_optimizer(config.optimizer, config.num_steps)
+    params = states.unboxed_params(task)
     # At an adaLN-Zero initialisation most gradients are zero.
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     params = tree.unflatten([leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
-    step = jax.jit(functools.partial(update, model=model, tx=tx, config=config))
+    step = jax.jit(functools.partial(update, task=task, tx=tx))
     return step, states.fresh_state(params, tx)
 
 
@@ -122,12 +123,12 @@ def test_padding_does_not_matter(tiny):
 
 
 def test_noise_of_a_row_depends_on_its_number_alone():
-    key = streams.derive(0, 5, streams.NOISE)
+    key = streams.derive(0, 5, streams.TRAIN)
     all_rows = draw_noise(key, jnp.arange(6), (3, 2))
     np.testing.assert_array_equal(draw_noise(key, jnp.array([4, 1]), (3, 2)), all_rows[jnp.array([4, 1])])
     assert len(np.unique(np.asarray(all_rows))) == all_rows.size
-    other_step = draw_noise(streams.derive(0, 6, streams.NOISE), jnp.arange(6), (3, 2))
-    other_stream = draw_noise(streams.derive(0, 5, streams.TIMES), jnp.arange(6), (3, 2))
+    other_step = draw_noise(streams.derive(0, 6, streams.TRAIN), jnp.arange(6), (3, 2))
+    other_stream = draw_noise(streams.derive(0, 5, streams.EVAL), jnp.arange(6), (3, 2))
     assert not np.isin(other_step, all_rows).any()
     assert not np.isin(other_stream, all_rows).any()
 

@@ -6,7 +6,7 @@ import pytest
 import rich.console
 import tiny_run
 
-from sora_jax.training.flops import model_flops
+from sora_jax.training.tasks.sora import SoraTask, model_flops
 from sora_jax.training.telemetry import Telemetry, interval_figures
 
 COUNTS = {"real_tokens": 48.0, "text_tokens": 10.0, "clips": 4.0, "self_pairs": 600.0, "cross_pairs": 120.0}
@@ -18,7 +18,9 @@ STEPS = [
 
 def figures(kind, num_devices=2):
     device = types.SimpleNamespace(device_kind=kind)
-    return interval_figures(STEPS, seconds=4.0, waited=1.0, config=tiny_run.CONFIG, devices=[device] * num_devices)
+    return interval_figures(
+        STEPS, seconds=4.0, waited=1.0, task=SoraTask(tiny_run.CONFIG), devices=[device] * num_devices
+    )
 
 
 def test_figures_of_an_interval():

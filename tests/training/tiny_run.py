@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from sora_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import DataConfig, ModelConfig, OptimizerConfig, PatchConfig, SoraConfig
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.training import state as states
 from sora_jax.training.checkpoint import Checkpointer
 from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.tasks.make import make_task
 
-CONFIG = ExperimentConfig(
+CONFIG = SoraConfig(
     model=ModelConfig(width=16, depth=2, num_heads=2, mlp_dim=32, text_dim=8, frequency_dim=8, attention="xla"),
     patch=PatchConfig(size=(1, 2, 2), channels=1),
     data=DataConfig(
@@ -91,9 +92,7 @@ def opener(experiment, length=None):
 def whole_state(workdir, experiment):
     """Returns all that the newest checkpoint of a run holds."""
     tx = make_optimizer(experiment.optimizer, experiment.num_steps)
-    shapes = jax.eval_shape(
-        lambda: states.fresh_state(states.unboxed_params(states.build_model(experiment), experiment), tx)
-    )
+    shapes = jax.eval_shape(lambda: states.fresh_state(states.unboxed_params(make_task(experiment)), tx))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
     checkpointer = Checkpointer(workdir, keep=1)

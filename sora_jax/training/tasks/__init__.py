@@ -1,0 +1,1 @@
+"""What runs train: a file a kind of model."""

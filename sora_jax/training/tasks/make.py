@@ -1,0 +1,23 @@
+"""The task of each kind of experiment."""
+
+from __future__ import annotations
+
+from sora_jax.config import ExperimentConfig, SoraConfig
+from sora_jax.models.attention import AttentionFn
+from sora_jax.training.tasks.sora import SoraTask
+from sora_jax.training.tasks.task import Task
+
+
+def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None) -> Task:
+    """Returns what an experiment trains.
+
+    Args:
+        config: of the experiment.
+        attention_fn: replaces the attention kernel that the config names.
+
+    Raises:
+        TypeError: a config of a kind that nothing trains.
+    """
+    if isinstance(config, SoraConfig):
+        return SoraTask(config, attention_fn)
+    raise TypeError(f"no task for a config of type {type(config).__name__}.")
