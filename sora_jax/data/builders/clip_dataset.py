@@ -37,18 +37,21 @@ class ClipDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
 
     Args:
         parts: the finished parts of each split (None: the data set is only read).
+        picture_format: of the frames in them, `jpeg` or `png`.
         **kwargs: of `tfds.core.GeneratorBasedBuilder`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = "Captioned clips and stills, stored as single frames."
 
-    def __init__(self, parts: dict[str, list[epath.Path]] | None = None, **kwargs: Any):
+    def __init__(self, parts: dict[str, list[epath.Path]] | None = None, picture_format: str = "jpeg", **kwargs: Any):
         self._parts = parts or {}
+        self._picture_format = picture_format
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=clip_features())
+        features = clip_features(self._picture_format)
+        return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=features)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager
@@ -126,7 +129,7 @@ def prepare(
         raise ValueError(f"no clip could be read, nothing was written ({len(left_out)} files skipped: {named}).")
     for stale in (root / name).glob("incomplete.*"):
         stale.rmtree()
-    builder = builder_class(parts=kept, data_dir=root)
+    builder = builder_class(parts=kept, picture_format=encoding.format, data_dir=root)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report
         builder.download_and_prepare(download_dir=work / "downloads")
     sources = {split: ClipSource(str(target), split) for split in kept}  # writes the index of each split
@@ -142,8 +145,13 @@ def prepare(
 
 
 def request_of(encoding: Encoding, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the arguments that decide what is written, as they stand in a report."""
-    return dataclasses.asdict(encoding) | dict(options or {})
+    """Returns the arguments that decide what is written, as they stand in a report.
+
+    Of the encoding, JPEG is the format that goes unnamed, and PNG has no quality.
+    """
+    chosen = dataclasses.asdict(encoding)
+    del chosen["format" if encoding.format == "jpeg" else "quality"]
+    return chosen | dict(options or {})
 
 
 def read_report(builder_class: type[ClipDatasetBuilder], output: str) -> dict[str, Any] | None:

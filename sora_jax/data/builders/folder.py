@@ -11,6 +11,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ class Converter:
         Raises:
             UnreadableClipError: the file is empty, truncated, or neither a picture nor a video.
         """
-        if epath.Path(task.path).stat().length == 0:
+        if os.path.getsize(task.path) == 0:
             raise UnreadableClipError("is empty")
         if task.path.lower().endswith(PICTURES):
             shown = [(encoding.encode(flatten(frame)), ms) for frame, ms in iterate_animation(task.path)]

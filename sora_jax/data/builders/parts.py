@@ -18,7 +18,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Literal
 
 from array_record.python import array_record_module
 from etils import epath
@@ -41,25 +41,32 @@ class Encoding:
 
     Attributes:
         max_side: longer frames are made smaller, keeping their aspect; none is enlarged.
-        quality: of the JPEG pictures, 1 to 100, without chroma subsampling.
+        quality: of JPEG pictures, 1 to 100, without chroma subsampling; PNG has none.
+        format: `jpeg`, or `png`, which keeps every pixel of a frame that is not made smaller.
     """
 
     max_side: int = 128
     quality: int = 92
+    format: Literal["jpeg", "png"] = "jpeg"
 
     def __post_init__(self) -> None:
         if self.max_side < 1:
             raise ValueError(f"max_side must be at least 1, got {self.max_side}.")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be between 1 and 100, got {self.quality}.")
+        if self.format not in ("jpeg", "png"):
+            raise ValueError(f"format must be jpeg or png, got {self.format!r}.")
 
     def encode(self, frame: Image.Image) -> bytes:
-        """Returns an RGB picture as JPEG, its long side at most `max_side`."""
+        """Returns an RGB picture in `format`, its long side at most `max_side`."""
         width, height = self.stored_size(*frame.size)
         if frame.size != (width, height):
             frame = frame.resize((width, height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        frame.save(buffer, "JPEG", quality=self.quality, subsampling=0)
+        if self.format == "png":
+            frame.save(buffer, "PNG")
+        else:
+            frame.save(buffer, "JPEG", quality=self.quality, subsampling=0)
         return buffer.getvalue()
 
     def stored_size(self, width: int, height: int) -> tuple[int, int]:
@@ -95,8 +102,8 @@ def fingerprint(tasks: Sequence[ClipTask], request: Mapping[str, Any]) -> str:
     """Returns a digest of what a preparation would write: its arguments, and each file's state, caption and split."""
     digest = hashlib.sha256(json.dumps([dict(request), PART_SIZE], sort_keys=True).encode())
     for task in tasks:
-        stat = epath.Path(task.path).stat()
-        digest.update(json.dumps([task.name, stat.length, int(stat.mtime), task.caption, task.split]).encode())
+        stat = os.stat(task.path)  # local, as decoders need it; epath's fails where no account has the owner's number
+        digest.update(json.dumps([task.name, stat.st_size, int(stat.st_mtime), task.caption, task.split]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -171,9 +178,9 @@ def _end_with_parent() -> None:
 
 def _encode_part(path: epath.Path, tasks: Sequence[ClipTask], convert: Convert, encoding: Encoding) -> int:
     """Writes one part and returns the number of its files."""
-    features, skipped = clip_features(), []
+    features, skipped = clip_features(encoding.format), []
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # JPEG stays JPEG
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # pictures are already
     for task in tasks:
         try:
             # Listed first: a file that breaks half-way leaves none of its clips.
