@@ -9,6 +9,7 @@ Discrete diffusion counts steps from 0 (the least noisy) to T - 1; flow time run
 (5)  sqrt(alpha_bar)' = (sqrt(alpha_bar_t) - last) first / (first - last)            arXiv:2305.08891, Algorithm 1
 (6)  t' = shift t / (1 + (shift - 1) t)                                              arXiv:2403.03206, Eq. 23
 (7)  p(t) ~ sqrt(E[L_t^2])                                                           arXiv:2102.09672, section 3.3
+(8)  alpha_bar_t = sigmoid(l_t),  l_t = log SNR_t falling evenly from l_0 to l_{T-1}     arXiv:2107.00630, Eq. 3-4
 
 Tables are float64 NumPy arrays, computed once; what enters a compiled function is made from them in float32.
 """
@@ -63,6 +64,28 @@ def harmonic_betas(num_steps: int) -> Float[np.ndarray, " steps"]:
     """
     _check_num_steps(num_steps)
     return check_betas(1 / (num_steps - np.arange(num_steps)))
+
+
+def log_snr_betas(num_steps: int, first: float, last: float) -> Float[np.ndarray, " steps"]:
+    """Returns the betas of equation 8: each step from the second on takes the same share of the log SNR.
+
+    The schedule that arXiv:2107.00630 (VDM) learns was close to this where its loss is estimated best (`fixed linear`
+    there has its noise level gamma = -log SNR linear in time).
+
+    Args:
+        num_steps: T, at least 2.
+        first: log SNR of step 0, log(alpha_bar / (1 - alpha_bar)); 2 log(1 / s) reaches noise of standard deviation s.
+        last: log SNR of step T - 1.
+
+    Raises:
+        ValueError: fewer than two steps, or log SNRs that do not fall.
+    """
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
+    if not math.inf > first > last > -math.inf:
+        raise ValueError(f"first and last must be finite log SNRs, first above last, got {first} and {last}.")
+    log_snr = np.linspace(first, last, num_steps)
+    return betas_of(1 / (1 + np.exp(-log_snr)))
 
 
 def learned_betas(logits: Float[Array, " rates"], first: float = 1e-3) -> Float[Array, " steps"]:
