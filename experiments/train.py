@@ -211,7 +211,7 @@ def make_setup(config: ExperimentConfig, workdir: epath.Path, console: rich.cons
         return SoraSetup(config, workdir, console)
     from setups.diffusion import DiffusionSetup
 
-    return DiffusionSetup(config)
+    return DiffusionSetup(config, workdir, console)
 
 
 def run(arguments: Arguments) -> int:
@@ -225,16 +225,22 @@ def run(arguments: Arguments) -> int:
     if isinstance(config, SoraConfig):
         train_one(config, workdir, arguments.init_from, console)
         return 0
-    from setups.diffusion import mean_report, seeded
+    from setups.diffusion import mean_over_seeds, report_table
 
-    reports = []
-    for number in range(config.num_seeds):
-        directory = workdir / f"seed_{config.seed + number}"
-        setup, outcome = train_one(seeded(config, number), directory, arguments.init_from, console)
-        if outcome is Outcome.PREEMPTED:
-            return 0
-        reports.append(setup.report(directory, console))
-    figures = mean_report(arguments.name, reports)
+    configs = {arguments.name: config} | {name: load_config(name, type(config)) for name in config.beside}
+    means = {}
+    for name, experiment in configs.items():
+        reports = []
+        for seed in range(experiment.seed, experiment.seed + experiment.num_seeds):
+            directory = workdir / f"{pathlib.Path(name).stem}_seed_{seed}"
+            seeded = dataclasses.replace(experiment, seed=seed)
+            setup, outcome = train_one(seeded, directory, arguments.init_from, console)
+            if outcome is Outcome.PREEMPTED:
+                return 0
+            reports.append(setup.report())
+        means[name] = mean_over_seeds(reports)
+    rich.console.Console().print(report_table(means))
+    figures = means.pop(arguments.name) | {"beside": means}
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(figures, indent=2) + "\n").encode())
     return 0

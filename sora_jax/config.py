@@ -187,6 +187,98 @@ class DataConfig(BatchConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class SwissRollConfig(BatchConfig):
+    """Points of a noisy Swiss roll (`sora_jax.data.toy`), drawn afresh for each batch.
+
+    Attributes:
+        noise: standard deviation of the noise around the roll, where each coordinate has unit variance.
+    """
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+    noise: float = 0.002
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.noise < 1, self, "noise", "between 0 and 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (2,)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeartbeatConfig(BatchConfig):
+    """Binary heartbeats of 20 bins (`sora_jax.data.toy`), drawn afresh for each batch."""
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (20,)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadLeavesConfig(BatchConfig):
+    """Images of the dead leaves model (`sora_jax.data.dead_leaves`), made once.
+
+    Attributes:
+        size: of the square images, in pixels.
+        radii: (smallest, largest) of the discs, in pixels.
+        pixel_noise: standard deviation of the noise of each pixel, where that of the image is 1.
+        num_images: that are trained on.
+        image_seed: of the images.
+    """
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+    size: int = 16
+    radii: tuple[float, float] = (2.0, 16.0)
+    pixel_noise: float = 0.05
+    num_images: int = 20_000
+    image_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("size", "num_images"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        low, high = self.radii
+        check(0 < low < high, self, "radii", "(smallest, largest) with 0 < smallest < largest")
+        check(0 < self.pixel_noise < 1, self, "pixel_noise", "between 0 and 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (self.size, self.size, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StillsConfig(BatchConfig):
+    """Small stills of a prepared data set, all in memory (`sora_jax.data.images`), 8-bit values as numbers in [-1, 1].
+
+    Attributes:
+        path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
+        size: of the square canvas that each still is centred on, in pixels.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+    eval_splits: tuple[str, ...] = ("unseen",)
+    path: str = ""
+    size: int = 32
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.size >= 1, self, "size", "at least 1")
+        check(self.channels in (1, 3), self, "channels", "1 or 3")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (self.size, self.size, self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """Rectified flow: what the network predicts and which times it is trained on.
 
@@ -383,6 +475,12 @@ def _from_value(annotation: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
+        if all(dataclasses.is_dataclass(argument) for argument in arguments):  # no two have the same keys
+            kinds = {frozenset(field.name for field in dataclasses.fields(kind)): kind for kind in arguments}
+            if not isinstance(value, dict) or (kind := kinds.get(frozenset(value))) is None:
+                names = ", ".join(kind.__name__ for kind in arguments)
+                raise ValueError(f"{path}: expected the keys of one of {names}, got {value!r}.")
+            return _from_value(kind, value, path)
         return _from_value(next(a for a in arguments if a is not type(None)), value, path)
     if origin is Literal:
         if value not in arguments:

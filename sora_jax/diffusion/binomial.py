@@ -83,8 +83,10 @@ def step_term(
     beta: Float[Array, ""],
     a: Float[Array, ""],
     a_before: Float[Array, ""],
-) -> Float[Array, "batch *bits"]:
-    """Returns L_{t-1} of each bit (at step 0: L_0, the coding cost of x_0 itself) in nats, with one draw of x_t.
+) -> tuple[Array, Array]:
+    """Returns L_{t-1} of each bit in nats, with one draw of x_t, and the squared error of the probability told.
+
+    At step 0 the term is L_0, the coding cost of x_0 itself.
 
     Args:
         network: gives the logits of x_0.
@@ -97,11 +99,11 @@ def step_term(
     """
     xt = draw(key, marginal(x0, a))
     logits = network(xt, step)
-    told = posterior(xt, jax.nn.sigmoid(logits), beta, a_before)
-    divergence = bernoulli_kl(posterior(xt, x0, beta, a_before), told)
+    f = jax.nn.sigmoid(logits)
+    divergence = bernoulli_kl(posterior(xt, x0, beta, a_before), posterior(xt, f, beta, a_before))
     # Where nothing stood before, the logits say it without the rounding of a probability near 0 or 1.
     coding = -jax.nn.log_sigmoid(jnp.where(x0 > 0.5, logits, -logits))
-    return jnp.where(step == 0, coding, divergence)
+    return jnp.where(step == 0, coding, divergence), (f - x0) ** 2
 
 
 def bound(
@@ -122,32 +124,52 @@ def bound(
     def per_example(values: Array) -> Array:
         return values.reshape(len(x0), -1).sum(axis=1)
 
-    def body(_: None, t: tuple[Array, ...]) -> tuple[None, Array]:
-        return None, per_example(step_term(network, x0, jax.random.fold_in(key, t[0]), *t))
+    def body(_: None, t: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+        term, error = step_term(network, x0, jax.random.fold_in(key, t[0]), *t)
+        return None, (per_example(term), per_example(error))
 
     order = np.arange(num_steps)[::-1]
     tables = (np.asarray(v[order], np.float32) for v in (np.asarray(betas, np.float64), a, before))
-    _, steps = jax.lax.scan(body, None, (jnp.asarray(order, jnp.int32), *map(jnp.asarray, tables)))
+    _, (steps, errors) = jax.lax.scan(body, None, (jnp.asarray(order, jnp.int32), *map(jnp.asarray, tables)))
     prior = per_example(bernoulli_kl(marginal(x0, jnp.float32(a[-1])), jnp.full_like(x0, 0.5)))
-    return BoundTerms(prior, steps, jnp.full_like(steps, jnp.nan))
+    return BoundTerms(prior, steps, errors)
+
+
+def trajectory(
+    network: Network, shape: tuple[int, ...], betas: Float[np.ndarray, " steps"], key: jax.Array
+) -> Float[Array, "levels *shape"]:
+    """Draws bits by the reverse chain (equations 4 and 5) and returns all that it goes through.
+
+    Args:
+        network: gives the logits of x_0.
+        shape: of the bits, the number of samples first.
+        betas: of the process.
+        key: of the draws.
+
+    Returns:
+        (T + 1, ...): fair coins, then x after each step; the last is data.
+    """
+    a = kept(betas)
+    before = np.append(1.0, a[:-1])
+
+    def body(x: Array, t: tuple[Array, ...]) -> tuple[Array, Array]:
+        step, beta, a_before = t
+        p = posterior(x, jax.nn.sigmoid(network(x, step)), beta, a_before)
+        x = draw(jax.random.fold_in(key, step), p)
+        return x, x
+
+    order = np.arange(len(a))[::-1]
+    tables = (np.asarray(v[order], np.float32) for v in (np.asarray(betas, np.float64), before))
+    coins = draw(jax.random.fold_in(key, len(a)), jnp.full(shape, 0.5))
+    _, path = jax.lax.scan(body, coins, (jnp.asarray(order, jnp.int32), *map(jnp.asarray, tables)))
+    return jnp.concatenate([coins[None], path])
 
 
 def sample(
     network: Network, shape: tuple[int, ...], betas: Float[np.ndarray, " steps"], key: jax.Array
 ) -> Float[Array, "..."]:
-    """Draws bits by the reverse chain (equations 4 and 5), from fair coins to data."""
-    a = kept(betas)
-    before = np.append(1.0, a[:-1])
-
-    def body(x: Array, t: tuple[Array, ...]) -> tuple[Array, None]:
-        step, beta, a_before = t
-        p = posterior(x, jax.nn.sigmoid(network(x, step)), beta, a_before)
-        return draw(jax.random.fold_in(key, step), p), None
-
-    order = np.arange(len(a))[::-1]
-    tables = (np.asarray(v[order], np.float32) for v in (np.asarray(betas, np.float64), before))
-    x = draw(jax.random.fold_in(key, len(a)), jnp.full(shape, 0.5))
-    return jax.lax.scan(body, x, (jnp.asarray(order, jnp.int32), *map(jnp.asarray, tables)))[0]
+    """Returns the end of a `trajectory`."""
+    return trajectory(network, shape, betas, key)[-1]
 
 
 def null_bits(num_bits: int) -> float:

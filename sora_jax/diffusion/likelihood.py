@@ -72,7 +72,7 @@ class BoundTerms(NamedTuple):
     Attributes:
         prior: (B,), L_T.
         steps: (T, B), L_{T-1} ... L_0 in the order of sampling.
-        squared_errors: (T, B), summed over values, of the x_0 told at each level.
+        squared_errors: (T, B), summed over values, of the x_0 (or the probability of a one) told at each level.
     """
 
     prior: Float[Array, " batch"]

@@ -167,6 +167,6 @@ class MultiscaleConvolution(nn.Module):
             h = jax.nn.silu(dense(2 * c.width, ("width", "mlp"), name=f"dense_{n}", dtype=c.dtype)(h))
 
         h = jnp.concatenate([h.astype(jnp.float32), x.astype(jnp.float32)], axis=-1)
-        y = dense(c.num_bumps * c.out_channels, ("width", "patch"), name="readout", dtype="float32", zero=True)(h)
+        y = dense(c.num_bumps * c.out_channels, ("mlp", "patch"), name="readout", dtype="float32", zero=True)(h)
         y = einops.rearrange(y, "b h w (j c) -> b h w j c", j=c.num_bumps)
         return jnp.einsum("bhwjc,bj->bhwc", y, time)

@@ -11,20 +11,35 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "training"))
 import tiny_run
 
-from sora_jax.array_types import PackedBatch
-from sora_jax.config import MeshConfig
+from sora_jax.config import MeshConfig, StillsConfig
+from sora_jax.models.multiscale import MultiscaleConfig
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.multihost import to_global
 from sora_jax.training import state as states
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.step import make_eval_step, make_train_step
-from sora_jax.training.tasks.sora import SoraTask
+from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
+from sora_jax.training.tasks.make import make_task
+
+DIGITS = DiffusionConfig(
+    data=StillsConfig(batch_size=8, size=4, eval_splits=()),
+    model=MultiscaleConfig(1, 2, width=8, num_layers=1, num_scales=1, num_bumps=4, num_steps=10),
+    process=GaussianConfig(num_levels=10, variance="learned", loss="hybrid", discrete=True),
+    optimizer=tiny_run.CONFIG.optimizer,
+    num_steps=6,
+)
 
 
-def losses(config, mesh):
+def random_images(number, config):
+    """Returns a batch of examples that depends on its number alone."""
+    shape = (config.data.batch_size, *config.data.shape)
+    return np.random.default_rng(number).uniform(-1, 1, shape).astype(np.float32)
+
+
+def losses(config, random_batch, kernel_of, mesh):
     """Returns the loss of each update, the held-out loss after them, and the largest shard of a parameter."""
-    task, tx = SoraTask(config), make_optimizer(config.optimizer, config.num_steps)
+    task, tx = make_task(config), make_optimizer(config.optimizer, config.num_steps)
     shardings = states.state_shardings(task, tx, mesh)
     state = states.init_state(task, tx, shardings)
     step = make_train_step(task, tx, mesh, shardings)
@@ -32,14 +47,14 @@ def losses(config, mesh):
     rows = np.arange(config.data.batch_size, dtype=np.int32)
     found = []
     for number in range(3):
-        batch = tiny_run.random_batch(number, config)
-        batches = to_global(PackedBatch(*(leaf[None] for leaf in batch)), stacked)
+        batch = random_batch(number, config)
+        batches = to_global(jax.tree.map(lambda leaf: leaf[None], batch), stacked)
         state, metrics = step(state, batches, to_global(rows[None], stacked))
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     evaluate = make_eval_step(task, mesh, shardings.params)
     index = jax.device_put(np.int32(0), rules.replicated(mesh))
     total, weight = evaluate(state.ema_params, to_global(batch, flat), to_global(rows, flat), index)
-    kernel = state.params["blocks"]["mlp"]["mlp"]["fc1"]["kernel"]
+    kernel = kernel_of(state.params)
     share = kernel.addressable_shards[0].data.size / kernel.size
     return {"losses": found, "held_out": float(total / weight), "share": share}
 
@@ -51,8 +66,14 @@ def main():
         "data": make_mesh(MeshConfig(data=8), devices),
         "fsdp": make_mesh(MeshConfig(data=2, fsdp=4), devices),
     }
-    run = functools.partial(losses, tiny_run.CONFIG)
-    print(json.dumps({"devices": len(devices), **{name: run(mesh) for name, mesh in meshes.items()}}))
+    runs = {
+        "clips": functools.partial(
+            losses, tiny_run.CONFIG, tiny_run.random_batch, lambda p: p["blocks"]["mlp"]["mlp"]["fc1"]["kernel"]
+        ),
+        "images": functools.partial(losses, DIGITS, random_images, lambda p: p["network"]["dense_0"]["kernel"]),
+    }
+    found = {kind: {name: run(mesh) for name, mesh in meshes.items()} for kind, run in runs.items()}
+    print(json.dumps({"devices": len(devices), **found}))
 
 
 if __name__ == "__main__":

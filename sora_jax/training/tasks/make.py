@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.attention import AttentionFn
+from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
 from sora_jax.training.tasks.sora import SoraTask
 from sora_jax.training.tasks.task import Task
 
@@ -20,4 +21,6 @@ def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None)
     """
     if isinstance(config, SoraConfig):
         return SoraTask(config, attention_fn)
+    if isinstance(config, DiffusionConfig):
+        return diffusion_task(config)
     raise TypeError(f"no task for a config of type {type(config).__name__}.")

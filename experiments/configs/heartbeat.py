@@ -1,0 +1,25 @@
+"""The binary heartbeat."""
+
+from sora_jax.config import HeartbeatConfig, OptimizerConfig
+from sora_jax.models.mlp import MLPConfig
+from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig
+
+
+def config() -> DiffusionConfig:
+    """Returns the experiment."""
+    return DiffusionConfig(
+        data=HeartbeatConfig(batch_size=512),
+        model=MLPConfig(20, 20, width=64, depth=3, num_steps=2000, time_dim=32),
+        process=BinomialConfig(num_bit_levels=2000),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=200, weight_decay=0.0, ema_decay=0.999, final_share=0.0
+        ),
+        num_steps=4000,
+        log_every=500,
+        eval_every=2000,
+        save_every=2000,
+        sample_every=0,
+        num_seeds=3,
+        num_held_out=1000,
+        num_samples=40,
+    )

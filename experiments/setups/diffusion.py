@@ -1,0 +1,191 @@
+"""What a run of discrete diffusion needs: its examples, its sample sheets, and the report on its likelihood."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from etils import epath
+
+from setups import pictures
+from sora_jax.array_types import PyTree
+from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, StillsConfig, SwissRollConfig
+from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
+from sora_jax.data.toy import heartbeat_sequences, swiss_roll_log_density
+from sora_jax.diffusion import likelihood
+from sora_jax.diffusion.binomial import null_bits
+from sora_jax.evaluation.bound import BoundEstimate, estimate_bound
+from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian, fit_mcgsm
+from sora_jax.generation.progress import ProgressBar
+from sora_jax.generation.video_io import write_whole
+from sora_jax.training.checkpoint import load_model
+from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
+
+HELD_OUT_SEED = 20_150_312  # of generated examples, which no run is trained on
+BATCH = 256  # examples that the bound is taken of at a time
+
+Report = dict[str, Any]
+
+
+class DiffusionSetup:
+    """A run on examples of one shape.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run.
+        console: for messages.
+
+    Attributes:
+        config: of the experiment.
+        attention_for: None; these networks have no kernel that needs a mesh.
+    """
+
+    attention_for = None
+
+    def __init__(self, config: DiffusionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
+        self.config = config
+        self._workdir, self._console = workdir, console
+        self._task = diffusion_task(config)
+
+    def open_batches(self, split: str, training: bool) -> ExampleBatches:
+        """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
+        return ExampleBatches(
+            example_source(self.config.data, split),
+            self.config.seed if training else HELD_OUT_SEED,
+            self.config.data.batch_size,
+            None if training else self.config.eval_batches,
+            jax.process_index(),
+            jax.process_count(),
+        )
+
+    def sample_sheet(self, params: PyTree) -> np.ndarray:
+        """Returns a picture of samples, (H, W, 3) uint8."""
+        return pictures.sample_sheet(self._task, params)
+
+    def report(self) -> Report:
+        """Scores the finished run; writes its figures and pictures into its directory.
+
+        Returns:
+            `k_bits` and `k_stderr`, the bound and its standard error over the held-out examples, and what else is known
+            of the data, all per `unit`.
+        """
+        params = jax.device_put(load_model(self._workdir, kind=DiffusionConfig)[1])
+        held_out = held_out_examples(self.config)
+        bar = ProgressBar("bound")
+        batches = self.config.num_draws * math.ceil(len(held_out) / min(BATCH, len(held_out)))
+        estimate = estimate_bound(
+            lambda x, key: self._task.bound(params, x, key),
+            held_out,
+            jax.random.key(HELD_OUT_SEED),
+            num_draws=self.config.num_draws,
+            batch_size=BATCH,
+            progress=lambda done: bar(done, batches),
+        )
+        figures = score(self.config, estimate, held_out, self._console)
+        for name, png in pictures.draw(self._task, params, estimate, held_out).items():
+            write_whole(self._workdir / name, png)
+        write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
+        self._console.print(f"figures and pictures: {self._workdir}", highlight=False, soft_wrap=True)
+        return figures
+
+
+def held_out_examples(config: DiffusionConfig) -> np.ndarray:
+    """Returns the `num_held_out` examples that a model is scored on, float32.
+
+    The heartbeat's are all of its sequences, in turn.
+
+    Raises:
+        ValueError: fewer are held out than are asked for, or sequences would not count the same.
+    """
+    data, count = config.data, config.num_held_out
+    if isinstance(data, HeartbeatConfig):
+        sequences = heartbeat_sequences()
+        if count % len(sequences):
+            raise ValueError(f"num_held_out must be a multiple of the {len(sequences)} sequences, got {count}.")
+        return np.tile(sequences, (count // len(sequences), 1))
+    if isinstance(data, SwissRollConfig):
+        return example_source(data, data.eval_splits[0])(np.random.default_rng(HELD_OUT_SEED), count)
+    images = example_images(data, data.eval_splits[0], count)
+    if len(images) < count:
+        raise ValueError(
+            f"num_held_out must be at most the {len(images)} images of {data.eval_splits[0]}, got {count}."
+        )
+    return images
+
+
+def score(
+    config: DiffusionConfig, estimate: BoundEstimate, held_out: np.ndarray, console: rich.console.Console
+) -> Report:
+    """Returns the bound of held-out examples beside what else is known of their log-likelihood, in bits a unit."""
+    data = config.data
+    per_value = isinstance(data, DeadLeavesConfig | StillsConfig)
+    num_values = held_out[0].size if per_value else 1
+    figures: Report = {
+        "unit": "value" if per_value else "example",
+        "k_bits": estimate.mean / num_values,
+        "k_stderr": estimate.standard_error / num_values,
+    }
+    if isinstance(data, HeartbeatConfig):
+        figures |= {"null_bits": null_bits(held_out.shape[1]), "true_bits": -math.log2(len(heartbeat_sequences()))}
+    elif isinstance(data, StillsConfig):
+        figures["bits_per_dim"] = -figures["k_bits"]
+        curve = likelihood.rate_distortion(estimate.terms, num_values)
+        figures |= {"rate": np.asarray(curve.rate).tolist(), "distortion": np.asarray(curve.distortion).tolist()}
+    else:
+        figures["null_bits"] = float(np.mean(likelihood.null_bits(held_out))) / num_values
+    if isinstance(data, SwissRollConfig):
+        log_density = swiss_roll_log_density(held_out, data.noise)
+        figures |= {"noise": data.noise, "true_bits": float(likelihood.bits(log_density).mean())}
+    if isinstance(data, DeadLeavesConfig):
+        console.print("fitting the Gaussian and the autoregressive baseline", highlight=False)
+        figures |= {"size": data.size, "smallest_radius": data.radii[0], "largest_radius": data.radii[1]}
+        figures |= {"pixel_noise": data.pixel_noise, "num_images": data.num_images}
+        figures |= baselines(data)(held_out)
+    if "null_bits" in figures:
+        figures["gain_bits"] = figures["k_bits"] - figures["null_bits"]
+    if "true_bits" in figures:
+        figures["gap_bits"] = figures["true_bits"] - figures["k_bits"]
+    return figures
+
+
+@functools.cache
+def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
+    """Returns what gives the mean log-likelihood of images under densities fitted to those that are trained on."""
+    images = example_images(data, TRAIN)
+    densities = {"gaussian_bits": fit_gaussian(images), "mcgsm_bits": fit_mcgsm(images, MCGSMConfig())}
+    return lambda held_out: {
+        name: float(density.log_density(held_out).mean()) / held_out[0].size for name, density in densities.items()
+    }
+
+
+def mean_over_seeds(reports: list[Report]) -> Report:
+    """Returns the means of the figures of several seeds, what is not a number being that of the first.
+
+    `k_stderr` is the mean of the seeds' own, since these are taken over the same examples; `k_seed_std` is the
+    standard deviation of K from seed to seed.
+    """
+    first = reports[0]
+    means = {
+        name: value if isinstance(value, str) else np.mean([report[name] for report in reports], axis=0).tolist()
+        for name, value in first.items()
+    }
+    k = [report["k_bits"] for report in reports]
+    return means | {"num_seeds": len(k), "k_by_seed": k, "k_seed_std": float(np.std(k, ddof=1)) if len(k) > 1 else 0.0}
+
+
+def report_table(means: dict[str, Report]) -> rich.table.Table:
+    """Returns the figures of experiments side by side; curves are left to their pictures."""
+    table = rich.table.Table("bits", *means, title=f"mean over {max(m['num_seeds'] for m in means.values())} seeds")
+    names = dict.fromkeys(name for figures in means.values() for name in figures)
+    for name in names:
+        cells = [figures.get(name, "") for figures in means.values()]
+        if not any(isinstance(cell, list | dict) for cell in cells):
+            table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table

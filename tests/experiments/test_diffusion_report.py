@@ -1,0 +1,174 @@
+"""`train.py` on a likelihood, from the command line to the figures and pictures."""
+
+import functools
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import rich.console
+import train
+from PIL import Image
+from setups.diffusion import held_out_examples, mean_over_seeds, report_table
+
+from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, SwissRollConfig
+from sora_jax.data.examples import example_images
+from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian
+from sora_jax.models.mlp import MLPConfig
+from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig, GaussianConfig
+
+ROLL = """
+from sora_jax.config import OptimizerConfig, SwissRollConfig
+from sora_jax.models.mlp import MLPConfig
+from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
+
+def config():
+    return DiffusionConfig(
+        data=SwissRollConfig(batch_size=16, noise=0.2),
+        model=MLPConfig(2, 2, width=8, depth=1, num_steps=8),
+        process=GaussianConfig(num_levels=8, schedule="log_snr", log_snr_range=(-6.0, 5.0), loss="bound"),
+        num_steps=3, log_every=3, eval_every=0, sample_every=0, num_held_out=20, num_samples=6, num_seeds=2,
+        beside=({beside}),
+    )
+"""
+BEATS = """
+from sora_jax.config import HeartbeatConfig
+from sora_jax.models.mlp import MLPConfig
+from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig
+
+def config():
+    return DiffusionConfig(
+        data=HeartbeatConfig(batch_size=16),
+        model=MLPConfig(20, 20, width=8, depth=1, num_steps=8),
+        process=BinomialConfig(num_bit_levels=8),
+        num_steps=3, log_every=3, eval_every=0, sample_every=0, num_held_out=10, num_samples=6,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two seeds of a roll with a heartbeat beside them, run and reported."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "beats.py").write_text(BEATS)
+    (folder / "roll.py").write_text(ROLL.replace("{beside}", f"{str(folder / 'beats.py')!r},"))
+    command = [str(folder / "roll.py"), "--workdir", str(folder / "run"), "--json", str(folder / "figures.json")]
+    assert train.main(command) == 0
+    return folder, command
+
+
+def test_figures_of_all_seeds(finished):
+    folder, _ = finished
+    figures = json.loads((folder / "figures.json").read_text())
+    seeds = [json.loads((folder / f"run/roll_seed_{n}/report.json").read_text()) for n in (0, 1)]
+    assert figures["k_by_seed"] == [seed["k_bits"] for seed in seeds]
+    assert figures["k_bits"] == pytest.approx(np.mean(figures["k_by_seed"]))
+    assert seeds[0]["k_bits"] != seeds[1]["k_bits"]
+    assert figures["gap_bits"] == pytest.approx(figures["true_bits"] - figures["k_bits"])
+    assert figures["gain_bits"] == pytest.approx(figures["k_bits"] - figures["null_bits"])
+    assert figures["k_bits"] < figures["true_bits"]
+    (beats,) = figures["beside"].values()
+    assert beats["null_bits"] == -20
+    assert beats["true_bits"] == pytest.approx(math.log2(1 / 5))
+    assert beats["k_bits"] < beats["true_bits"]
+
+
+def test_pictures(finished):
+    folder, _ = finished
+    for name in ("roll_seed_0/trajectories.png", "roll_seed_1/bound.png", "beats_seed_0/trajectories.png"):
+        with Image.open(io.BytesIO((folder / "run" / name).read_bytes())) as image:
+            assert min(image.size) > 200
+
+
+def test_a_finished_run_is_reported_again_and_says_the_same(finished, capsys):
+    folder, command = finished
+    before = (folder / "figures.json").read_text()
+    assert train.main(command) == 0
+    assert (folder / "figures.json").read_text() == before
+    shown = capsys.readouterr().out
+    assert shown.count("already finished") == 3
+    assert "k_bits" in shown and "gap_bits" in shown
+
+
+IMAGES = """
+from sora_jax.config import DeadLeavesConfig, StillsConfig
+from sora_jax.models.multiscale import MultiscaleConfig
+from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
+
+def config():
+    return DiffusionConfig(
+        data={data},
+        model=MultiscaleConfig(1, 2, width=4, num_layers=1, num_scales=1, num_bumps=4, num_steps=8),
+        process=GaussianConfig(num_levels=8, variance="learned", loss="hybrid", discrete={discrete}),
+        num_steps=2, log_every=2, eval_every=0, sample_every={sample_every}, num_held_out=5, num_samples=4,
+    )
+"""
+
+
+def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
+    monkeypatch.setattr("setups.diffusion.MCGSMConfig", functools.partial(MCGSMConfig, num_steps=3, radius=1))
+    data = "DeadLeavesConfig(batch_size=4, size=4, num_images=50)"
+    text = IMAGES.format(data=data, discrete=False, sample_every=0)
+    (tmp_path / "leaves.py").write_text(text)
+    command = [str(tmp_path / "leaves.py"), "--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "f.json")]
+    assert train.main(command) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    held_out = example_images(DeadLeavesConfig(size=4, num_images=50), "held_out", 5)
+    null = -0.5 * (np.log2(2 * np.pi) + np.square(held_out).mean() / np.log(2))
+    assert figures["null_bits"] == pytest.approx(null, rel=1e-5)
+    gaussian = fit_gaussian(example_images(DeadLeavesConfig(size=4, num_images=50), "train"))
+    assert figures["gaussian_bits"] == pytest.approx(gaussian.log_density(held_out).mean() / 16)
+    assert math.isfinite(figures["mcgsm_bits"]) and figures["pixel_noise"] == 0.05
+    with Image.open(tmp_path / "run/leaves_seed_0/inpainting.png") as image:
+        rows = np.asarray(image)[:, :, 0]
+    side = 3 * 4 + 2  # of an image in the picture, with its gap
+    original, masked, filled = (rows[2 + n * side : 14 + n * side, 2:14] for n in range(3))
+    assert (masked[3:9, 3:9] == 255).all()
+    np.testing.assert_array_equal(filled[:3], original[:3])
+    assert (filled[3:9, 3:9] != original[3:9, 3:9]).any()
+
+
+def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(9, 4, 4, 1)).astype(np.uint8)
+    monkeypatch.setattr("sora_jax.data.examples.load_images", lambda *_: (pixels, []))
+    text = IMAGES.format(data="StillsConfig(batch_size=4, size=4, path='data')", discrete=True, sample_every=2)
+    (tmp_path / "digits.py").write_text(text)
+    command = [str(tmp_path / "digits.py"), "--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "f.json")]
+    assert train.main(command) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["bits_per_dim"] == -figures["k_bits"] > 0
+    assert len(figures["rate"]) == len(figures["distortion"]) == 8
+    assert (np.diff(figures["rate"]) >= 0).all() and figures["rate"][-1] <= figures["bits_per_dim"]
+    for name in ("samples.png", "trajectories.png", "rate_distortion.png", "bound.png", "samples/00000002.png"):
+        assert (tmp_path / "run/digits_seed_0" / name).stat().st_size > 100
+
+
+def test_all_sequences_count_the_same():
+    config = DiffusionConfig(data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(), num_held_out=10)
+    rows, counts = np.unique(held_out_examples(config), axis=0, return_counts=True)
+    assert len(rows) == 5 and set(counts) == {2}
+    config = DiffusionConfig(data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(), num_held_out=7)
+    with pytest.raises(ValueError, match="num_held_out must be a multiple of the 5 sequences, got 7"):
+        held_out_examples(config)
+
+
+def test_held_out_points_are_the_same_for_every_seed_and_not_those_trained_on():
+    one, two = (
+        DiffusionConfig(data=SwissRollConfig(), process=GaussianConfig(loss="bound"), seed=seed, num_held_out=9)
+        for seed in (0, 1)
+    )
+    np.testing.assert_array_equal(held_out_examples(one), held_out_examples(two))
+
+
+def test_means_over_seeds_and_their_table():
+    reports = [{"unit": "value", "k_bits": k, "k_stderr": 0.1, "rate": [k, 0.0]} for k in (1.0, 2.0)]
+    mean = mean_over_seeds(reports)
+    assert mean == {
+        "unit": "value", "k_bits": 1.5, "k_stderr": 0.1, "rate": [1.5, 0.0], "num_seeds": 2, "k_by_seed": [1.0, 2.0],
+        "k_seed_std": pytest.approx(math.sqrt(0.5)),
+    }  # fmt: skip
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(report_table({"one": mean, "other": {"unit": "example", "k_bits": -2.0, "num_seeds": 1}}))
+    text = console.file.getvalue()
+    assert "1.5000" in text and "-2.0000" in text and "rate" not in text
