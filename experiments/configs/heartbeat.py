@@ -20,6 +20,6 @@ def config() -> DiffusionConfig:
         save_every=2000,
         sample_every=0,
         num_seeds=3,
-        num_held_out=1000,
+        num_held_out=10_000,
         num_samples=40,
     )

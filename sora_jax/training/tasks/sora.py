@@ -8,7 +8,6 @@ For a segment with time t, noise eps and clean patches x_0 (t = 0 is data, t = 1
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -41,8 +40,7 @@ class SoraTask:
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes; the kernel does not change them."""
-        dense = dataclasses.replace(self.config.model, attention="xla")
-        return sora.init_params(SoraTransformer(dense, self.config.patch.dim), key)
+        return sora.init_params(self.model, key)
 
     def abstract_batch(self, num_rows: int | None = None) -> PackedBatch:
         """Returns the shapes and dtypes of a batch (of `num_rows` rows instead of the configured ones)."""
