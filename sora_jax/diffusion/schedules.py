@@ -9,7 +9,7 @@ Discrete diffusion counts steps from 0 (the least noisy) to T - 1; flow time run
 (5)  sqrt(alpha_bar)' = (sqrt(alpha_bar_t) - last) first / (first - last)            arXiv:2305.08891, Algorithm 1
 (6)  t' = shift t / (1 + (shift - 1) t)                                              arXiv:2403.03206, Eq. 23
 (7)  p(t) ~ sqrt(E[L_t^2])                                                           arXiv:2102.09672, section 3.3
-(8)  alpha_bar_t = sigmoid(l_t),  l_t = log SNR_t falling evenly from l_0 to l_{T-1}     arXiv:2107.00630, Eq. 3-4
+(8)  alpha_bar_t = sigmoid(l_t),  l_t = log SNR_t falling evenly from l_0 to l_{T-1}     arXiv:2107.00630, section 3.2
 
 Tables are float64 NumPy arrays, computed once; what enters a compiled function is made from them in float32.
 """
@@ -67,10 +67,10 @@ def harmonic_betas(num_steps: int) -> Float[np.ndarray, " steps"]:
 
 
 def log_snr_betas(num_steps: int, first: float, last: float) -> Float[np.ndarray, " steps"]:
-    """Returns the betas of equation 8: each step from the second on takes the same share of the log SNR.
+    """Returns the betas of equation 8: from one step to the next the SNR falls by the same factor.
 
-    The schedule that arXiv:2107.00630 (VDM) learns was close to this where its loss is estimated best (`fixed linear`
-    there has its noise level gamma = -log SNR linear in time).
+    Structure of every size between the two ends then gets its share of the steps. VDM learns the curve; here it is
+    the straight line.
 
     Args:
         num_steps: T, at least 2.

@@ -30,6 +30,15 @@ def test_harmonic_betas_erase_a_constant_share_a_step():
     np.testing.assert_allclose(np.cumprod(1 - schedules.harmonic_betas(5)), [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-12)
 
 
+def test_log_snr_falls_evenly_between_its_ends():
+    bar = schedules.alpha_bar(schedules.log_snr_betas(23, 14.0, -8.0))
+    # rtol of 1 - alpha_bar, which is 8e-7 at the first step, as a sampler needs it.
+    np.testing.assert_allclose(1 - bar, scipy.special.expit(-np.arange(14.0, -9.0, -1.0)), rtol=1e-9)
+    # Two steps by hand: SNR 3, then SNR 1 / 3.
+    betas = schedules.log_snr_betas(2, np.log(3.0), -np.log(3.0))
+    np.testing.assert_allclose(betas, [1 / 4, 2 / 3])
+
+
 def test_learned_betas_keep_the_first():
     betas = schedules.learned_betas(jnp.array([0.0, 100.0]), first=0.01)
     np.testing.assert_allclose(betas, [0.01, 0.5, 1.0])
@@ -112,6 +121,9 @@ def test_a_step_seen_twice_in_a_batch_is_remembered_twice():
         (lambda: schedules.respaced_steps(10, 2, "even"), "spacing must be leading, trailing or linspace, got 'even'"),
         (lambda: schedules.respaced_betas(schedules.linear_betas(4), [0, 4]), r"within 0 ... 3, got \[0, 4\]"),
         (lambda: schedules.respaced_betas(schedules.linear_betas(4), [2, 1]), "must increase strictly"),
+        (lambda: schedules.log_snr_betas(1, 4.0, -4.0), "num_steps must be at least 2, got 1"),
+        (lambda: schedules.log_snr_betas(9, -4.0, 4.0), r"first above last, got -4\.0 and 4\.0"),
+        (lambda: schedules.log_snr_betas(9, np.inf, 0.0), "finite log SNRs, first above last, got inf and 0"),
         (lambda: schedules.flow_times(0), "num_steps must be at least 1, got 0"),
         (lambda: schedules.flow_times(3, -1.0), r"shift must be positive, got -1\.0"),
         (lambda: schedules.zero_terminal_snr(schedules.linear_betas(1)), "at least 2 steps"),
