@@ -12,8 +12,10 @@ from flax import linen as nn
 from sora_jax.array_types import Array, Float
 
 
-def dense(features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: bool = False) -> nn.Dense:
-    """Returns a dense layer with bias.
+def dense(
+    features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: bool = False, bias: bool = True
+) -> nn.Dense:
+    """Returns a dense layer.
 
     Args:
         features: size of the output.
@@ -21,10 +23,12 @@ def dense(features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: 
         name: of its parameters.
         dtype: of the computation.
         zero: starts with a zero kernel instead of Glorot's uniform one.
+        bias: whether it has one.
     """
     init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
     return nn.Dense(
         features,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
@@ -127,22 +131,27 @@ def sinusoidal_embedding(
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a tanh-GELU between.
+    """Two dense layers with a GELU between.
 
     Attributes:
         hidden_dim: size between.
         out_dim: size of the output.
         axes: logical axes of input, hidden layer and output.
         dtype: of the computation.
+        exact_gelu: GELU by the error function, as ViT has it, instead of its tanh approximation.
+        bias: whether the layers have one.
     """
 
     hidden_dim: int
     out_dim: int
     axes: tuple[str, str, str]
     dtype: str
+    exact_gelu: bool = False
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         """Returns (..., out_dim)."""
-        x = dense(self.hidden_dim, self.axes[:2], name="fc1", dtype=self.dtype)(x)
-        return dense(self.out_dim, self.axes[1:], name="fc2", dtype=self.dtype)(jax.nn.gelu(x, approximate=True))
+        x = dense(self.hidden_dim, self.axes[:2], name="fc1", dtype=self.dtype, bias=self.bias)(x)
+        x = jax.nn.gelu(x, approximate=not self.exact_gelu)
+        return dense(self.out_dim, self.axes[1:], name="fc2", dtype=self.dtype, bias=self.bias)(x)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,15 @@ from sora_jax.models.attention import AttentionFn
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, rms_norm
 from sora_jax.patches.rotary import apply_rope
 
+QKNorm = Literal["none", "width", "head"]
+
 
 class Context(NamedTuple):
-    """What the sublayers of a block know beside the tokens.
+    """What the sublayers of a block know beside the tokens; what none of them needs is None.
 
     Attributes:
         segment_ids: (B, L), 0 for padding.
-        angles: (B, L, Dh / 2), rotary angles.
+        angles: (B, L, Dh / 2), rotary angles of self-attention.
         text: (B, M, D), caption tokens.
         text_segment_ids: (B, M), 0 for padding.
         conditioning: (B, J, n, D) float32, n = three for each modulated sublayer, for each of a row's J levels.
@@ -38,36 +40,40 @@ class Context(NamedTuple):
     """
 
     segment_ids: Int[Array, "batch length"]
-    angles: Float[Array, "batch length pairs"]
-    text: Float[Array, "batch text_length width"]
-    text_segment_ids: Int[Array, "batch text_length"]
-    conditioning: Float[Array, "batch levels parts width"]
-    level_one_hot: Float[Array, "batch length levels"]
+    angles: Float[Array, "batch length pairs"] | None = None
+    text: Float[Array, "batch text_length width"] | None = None
+    text_segment_ids: Int[Array, "batch text_length"] | None = None
+    conditioning: Float[Array, "batch levels parts width"] | None = None
+    level_one_hot: Float[Array, "batch length levels"] | None = None
 
 
 class SelfAttention(nn.Module):
-    """Attention among the tokens of a segment, with rotary positions and QK RMSNorm over the whole width.
+    """Attention among the tokens of a segment, with rotary positions where the context has angles.
 
     Attributes:
         num_heads: H.
         eps: of the norms.
         dtype: of the computation.
         attention: the kernel.
+        qk_norm: RMSNorm of queries and keys over the whole `width` (Wan), over each `head` (ViT-22B, NaViT) or `none`.
+        bias: whether the projections have one.
     """
 
     num_heads: int
     eps: float
     dtype: str
     attention: AttentionFn
+    qk_norm: QKNorm = "width"
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
         """Returns (B, L, D)."""
-        q, k, v = _project(x, x, self.eps, self.dtype)
-        q, k, v = (_split_heads(y, self.num_heads) for y in (q, k, v))  # (B, L, H, Dh)
-        q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
-        out = self.attention(q, k, v, context.segment_ids, context.segment_ids)
-        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype)(out.reshape(x.shape))
+        q, k, v = _project(x, x, self.num_heads, self.eps, self.dtype, self.qk_norm, self.bias)
+        if context.angles is not None:
+            q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
+        out = self.attention(q, k, v, context.segment_ids, context.segment_ids).reshape(x.shape)
+        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype, bias=self.bias)(out)
 
 
 class CrossAttention(nn.Module):
@@ -88,8 +94,7 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
         """Returns (B, L, D)."""
-        q, k, v = _project(x, context.text, self.eps, self.dtype)
-        q, k, v = (_split_heads(y, self.num_heads) for y in (q, k, v))
+        q, k, v = _project(x, context.text, self.num_heads, self.eps, self.dtype)
         out = self.attention(q, k, v, context.segment_ids, context.text_segment_ids)
         return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype)(out.reshape(x.shape))
 
@@ -100,15 +105,20 @@ class FeedForward(nn.Module):
     Attributes:
         hidden_dim: size between its layers.
         dtype: of the computation.
+        exact_gelu: see `sora_jax.models.layers.Mlp`.
+        bias: whether its layers have one.
     """
 
     hidden_dim: int
     dtype: str
+    exact_gelu: bool = False
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
         """Returns (B, L, D); needs nothing of the context."""
-        return Mlp(self.hidden_dim, x.shape[-1], ("width", "mlp", "width"), self.dtype, name="mlp")(x)
+        axes = ("width", "mlp", "width")
+        return Mlp(self.hidden_dim, x.shape[-1], axes, self.dtype, self.exact_gelu, self.bias, name="mlp")(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,17 +213,25 @@ def scanned_blocks(
     return scanned(sublayers=sublayers, eps=eps, dtype=dtype, name=name)
 
 
-def _project(x: Array, source: Array, eps: float, dtype: str) -> tuple[Array, Array, Array]:
-    """Returns normed queries of `x` and normed keys and values of `source`, each (B, ..., D)."""
+def _project(
+    x: Array,
+    source: Array,
+    num_heads: int,
+    eps: float,
+    dtype: str,
+    qk_norm: QKNorm = "width",
+    bias: bool = True,
+) -> tuple[Array, Array, Array]:
+    """Returns normed queries of `x` and normed keys and values of `source`, each (B, ..., H, Dh)."""
     axes = ("width", "heads_width")
     q, k, v = (
-        dense(x.shape[-1], axes, name=name, dtype=dtype)(y)
+        dense(x.shape[-1], axes, name=name, dtype=dtype, bias=bias)(y)
         for name, y in (("query", x), ("key", source), ("value", source))
     )
-    q, k = rms_norm(name="query_norm", eps=eps)(q), rms_norm(name="key_norm", eps=eps)(k)
+    norms = [rms_norm(name=name, eps=eps) for name in ("query_norm", "key_norm")] if qk_norm != "none" else []
+    if qk_norm == "width":
+        q, k = (norm(y) for norm, y in zip(norms, (q, k), strict=True))
+    q, k, v = (y.reshape(*y.shape[:2], num_heads, -1) for y in (q, k, v))
+    if qk_norm == "head":
+        q, k = (norm(y) for norm, y in zip(norms, (q, k), strict=True))
     return q.astype(dtype), k.astype(dtype), v
-
-
-def _split_heads(x: Float[Array, "batch length width"], num_heads: int) -> Float[Array, "batch length heads head_dim"]:
-    """Reshapes (B, L, H * Dh) to (B, L, H, Dh)."""
-    return x.reshape(*x.shape[:2], num_heads, -1)
