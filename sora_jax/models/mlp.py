@@ -88,9 +88,11 @@ class MLPConfig:
 class RBF(nn.Module):
     """Equation 1. A fresh network predicts zero.
 
-    The paper does not say what the units are made from; here both their centres and their widths are trained. It
-    passes what it reads as a variance through a sigmoid; here the readout is linear, and the place of the variance
-    between its bounds (`sora_jax.diffusion.gaussian.learned_log_variance`) may leave them.
+    What it predicts lies between the readouts of its units, which suits x_0, a place among the data: of the noise or v
+    it would have to tell x itself, at the scale of the noise. The paper does not say what the units are made from;
+    here both their centres and their widths are trained. It passes what it reads as a variance through a sigmoid;
+    here the readout is linear, and the place of the variance between its bounds
+    (`sora_jax.diffusion.gaussian.learned_log_variance`) may leave them.
 
     Attributes:
         config: its size.
