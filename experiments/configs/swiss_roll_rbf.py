@@ -13,19 +13,19 @@ def config() -> DiffusionConfig:
         process=GaussianConfig(
             num_levels=40,
             schedule="log_snr",
-            log_snr_range=(-6.0, 8.0),
+            log_snr_range=(-6.0, 10.0),
             learn_betas=True,
             prediction="x0",
             variance="learned",
             loss="bound",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=2e-2, warmup_steps=200, weight_decay=0.0, ema_decay=0.999, final_share=0.0
+            learning_rate=3e-2, warmup_steps=200, weight_decay=0.0, ema_decay=0.999, final_share=0.0
         ),
-        num_steps=20_000,
-        log_every=2000,
-        eval_every=10_000,
-        save_every=10_000,
+        num_steps=40_000,
+        log_every=4000,
+        eval_every=20_000,
+        save_every=20_000,
         sample_every=0,
         num_seeds=3,
         num_held_out=4000,

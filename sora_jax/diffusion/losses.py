@@ -161,11 +161,12 @@ def hybrid_error(
     share: float = 0.001,
     discrete: bool = True,
     floor: Float[Array, ""] | None = None,
+    prediction: Prediction = "noise",
 ) -> Float[Array, "batch *values"]:
-    """Returns equation 2 for each value, of a network that learns its variance and predicts noise, in nats.
+    """Returns equation 2 for each value, of a network that learns its variance, in nats.
 
-    The squared error of the noise trains the mean; the bound's term, in which the mean is held constant, trains the
-    variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step.
+    The squared error of what is predicted trains the mean; the bound's term, in which the mean is held constant, trains
+    the variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step.
 
     Args:
         denoise: of the network, with a learned range.
@@ -176,6 +177,7 @@ def hybrid_error(
         share: of the bound.
         discrete: x0 is 8-bit values in [-1, 1].
         floor: see `sora_jax.diffusion.likelihood.step_term`.
+        prediction: whose squared error it is; the paper's is the noise.
     """
     said: list[Denoised] = []
 
@@ -184,4 +186,8 @@ def hybrid_error(
         return said[0]._replace(x0=jax.lax.stop_gradient(said[0].x0))
 
     term, _ = step_term(held, x0, noise, now, to, "learned", discrete, floor)
-    return jnp.square(said[0].noise - noise) + share * term
+    told, target = (
+        from_x0_and_noise(clean, eps, now.alpha, now.sigma, prediction)
+        for clean, eps in ((said[0].x0, said[0].noise), (x0, noise))
+    )
+    return jnp.square(told - target) + share * term

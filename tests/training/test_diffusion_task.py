@@ -130,9 +130,10 @@ def test_learned_betas_begin_as_the_schedule_and_keep_the_first():
     assert (np.asarray(gradient["betas"]["logits"]) != 0).sum() >= 8
 
 
-def test_hybrid_gives_the_mean_no_gradient_of_the_bound():
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_hybrid_gives_the_mean_no_gradient_of_the_bound(prediction):
     """The weights of what is predicted get the gradient of the simple loss alone; only the variance's see the bound."""
-    process = dataclasses.replace(ROLL.process, loss="hybrid", discrete=True)
+    process = dataclasses.replace(ROLL.process, loss="hybrid", discrete=True, prediction=prediction)
     task = GaussianTask(dataclasses.replace(ROLL, process=process))
     simple = GaussianTask(
         dataclasses.replace(

@@ -267,7 +267,7 @@ class GaussianTask(DiffusionTask):
             denoise, floor = self.denoise(params, dropout, clip=False), likelihood.last_floor(levels)
             if process.loss == "hybrid":
                 share = HYBRID_SHARE * process.num_levels
-                error = hybrid_error(denoise, batch, noise, now, to, share, process.discrete, floor)
+                error = hybrid_error(denoise, batch, noise, now, to, share, process.discrete, floor, process.prediction)
                 error = error.reshape(len(batch), -1).mean(axis=1)
             else:
                 floor = floor if process.variance == "learned" else None
