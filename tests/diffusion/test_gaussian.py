@@ -17,7 +17,7 @@ X0, NOISE = RNG.standard_normal((2, 3, 4))
 ALPHA, SIGMA = np.array([0.6, 0.3, 1.2]), np.array([0.8, 0.7, 0.5])
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(get_args(Prediction), 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(get_args(Prediction), 2)))
 def test_every_pair_of_predictions_round_trips(source, target):
     xt = gaussian.corrupt(X0, NOISE, ALPHA, SIGMA)
     truth = {p: gaussian.from_x0_and_noise(X0, NOISE, ALPHA, SIGMA, p) for p in (source, target)}

@@ -20,7 +20,7 @@ SIGMA = np.array([[0.8, 0.7, 0.1], [0.6, 0.5, 0.9]], np.float32)
 PREDICTIONS = ("x0", "noise", "v", "score", "velocity")
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.combinations(PREDICTIONS, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(PREDICTIONS, 2)))
 @pytest.mark.parametrize("weighting", ["x0", "noise", "velocity", "min_snr"])
 def test_a_weighting_is_the_same_through_whatever_is_predicted(first, second, weighting):
     """Two networks that say the same in other words have the same loss."""
