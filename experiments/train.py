@@ -237,8 +237,11 @@ def run(arguments: Arguments) -> int:
             setup, outcome = train_one(seeded, directory, arguments.init_from, console)
             if outcome is Outcome.PREEMPTED:
                 return 0
-            reports.append(setup.report())
-        means[name] = mean_over_seeds(reports)
+            if jax.process_index() == 0:
+                reports.append(setup.report())
+        means[name] = mean_over_seeds(reports) if reports else {}
+    if jax.process_index() > 0:
+        return 0
     rich.console.Console().print(report_table(means))
     figures = means.pop(arguments.name) | {"beside": means}
     if arguments.json is not None:

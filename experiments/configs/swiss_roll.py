@@ -20,7 +20,6 @@ def config() -> DiffusionConfig:
         log_every=500,
         eval_every=2000,
         save_every=2000,
-        sample_every=0,
         num_seeds=3,
         num_held_out=4000,
         beside=("swiss_roll_rbf",),

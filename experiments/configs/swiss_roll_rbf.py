@@ -26,7 +26,6 @@ def config() -> DiffusionConfig:
         log_every=4000,
         eval_every=20_000,
         save_every=20_000,
-        sample_every=0,
         num_seeds=3,
         num_held_out=4000,
         num_samples=1000,

@@ -45,6 +45,9 @@ class DiffusionSetup:
     Attributes:
         config: of the experiment.
         attention_for: None; these networks have no kernel that needs a mesh.
+
+    Raises:
+        ValueError: no data set at `config.data.path`, or too few held-out examples in it.
     """
 
     attention_for = None
@@ -53,6 +56,7 @@ class DiffusionSetup:
         self.config = config
         self._workdir, self._console = workdir, console
         self._task = diffusion_task(config)
+        self._held_out = held_out_examples(config)  # before a run that could not be scored
 
     def open_batches(self, split: str, training: bool) -> ExampleBatches:
         """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
@@ -66,7 +70,7 @@ class DiffusionSetup:
         )
 
     def sample_sheet(self, params: PyTree) -> np.ndarray:
-        """Returns a picture of samples, (H, W, 3) uint8."""
+        """Returns a picture of images sampled by few steps, (H, W, 3) uint8."""
         return pictures.sample_sheet(self._task, params)
 
     def report(self) -> Report:
@@ -77,7 +81,7 @@ class DiffusionSetup:
             of the data, all per `unit`.
         """
         params = jax.device_put(load_model(self._workdir, kind=DiffusionConfig)[1])
-        held_out = held_out_examples(self.config)
+        held_out = self._held_out
         bar = ProgressBar("bound")
         batches = self.config.num_draws * math.ceil(len(held_out) / min(BATCH, len(held_out)))
         estimate = estimate_bound(

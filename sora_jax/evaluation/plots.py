@@ -51,13 +51,13 @@ def _bare(axes: Axes) -> None:
 
 
 def image_grid(
-    rows: Sequence[Float[NumpyArray, "columns height width channels"]], scale: int = 2, gap: int = 2
+    rows: Sequence[Float[NumpyArray, "columns height width channels"]], scale: int | None = None, gap: int = 2
 ) -> NumpyArray:
     """Returns rows of images side by side, (H, W, 3) uint8.
 
     Args:
         rows: of as many images of one size each, of values in [-1, 1], with 1 or 3 channels.
-        scale: pixels of the picture along a side of an image's.
+        scale: pixels of the picture along the side of one of an image's (default: as many as make the images 64 high).
         gap: white pixels between images.
 
     Raises:
@@ -66,6 +66,7 @@ def image_grid(
     shapes = {np.shape(row) for row in rows}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[-1] not in (1, 3):
         raise ValueError(f"rows must all be (columns, H, W, 1 or 3) of one shape, got {sorted(shapes)}.")
+    scale = max(64 // shape[1], 1) if scale is None else scale
     cells = np.clip(np.round((np.stack(rows) + 1) * 127.5), 0, 255).astype(np.uint8)
     cells = np.broadcast_to(cells, (*cells.shape[:-1], 3)).repeat(scale, axis=2).repeat(scale, axis=3)
     cells = np.pad(cells, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)

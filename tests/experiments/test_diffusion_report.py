@@ -122,11 +122,11 @@ def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
     assert math.isfinite(figures["mcgsm_bits"]) and figures["pixel_noise"] == 0.05
     with Image.open(tmp_path / "run/leaves_seed_0/inpainting.png") as image:
         rows = np.asarray(image)[:, :, 0]
-    side = 3 * 4 + 2  # of an image in the picture, with its gap
-    original, masked, filled = (rows[2 + n * side : 14 + n * side, 2:14] for n in range(3))
-    assert (masked[3:9, 3:9] == 255).all()
-    np.testing.assert_array_equal(filled[:3], original[:3])
-    assert (filled[3:9, 3:9] != original[3:9, 3:9]).any()
+    side = 64 + 2  # of an image in the picture, with its gap
+    original, masked, filled = (rows[2 + n * side : 66 + n * side, 2:66] for n in range(3))
+    assert (masked[16:48, 16:48] == 255).all()
+    np.testing.assert_array_equal(filled[:16], original[:16])
+    assert (filled[16:48, 16:48] != original[16:48, 16:48]).any()
 
 
 def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):

@@ -231,6 +231,7 @@ def test_config_round_trips_through_json(config):
         (lambda: GaussianConfig(learn_betas=True), "learn_betas must be false where loss is not bound"),
         (lambda: GaussianConfig(log_snr_range=(3, 1)), r"log_snr_range must be \(lowest, highest\)"),
         (lambda: BinomialConfig(num_bit_levels=0), "num_bit_levels must be at least 2, got 0"),
+        (lambda: dataclasses.replace(ROLL, sample_every=5), "sample_every must be 0 for what is not an image, got 5"),
         (lambda: dataclasses.replace(ROLL, num_seeds=0), "num_seeds must be at least 1, got 0"),
         (lambda: dataclasses.replace(BEATS, data=ROLL.data), "MLPConfig.in_channels must be the 2 of the data, got 20"),
         (

@@ -131,9 +131,11 @@ class DiffusionConfig(ExperimentConfig):
     num_draws: int = 1
     num_samples: int = 64
     beside: tuple[str, ...] = ()
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(not self.sample_every or len(self.data.shape) == 3, self, "sample_every", "0 for what is not an image")
         for field in ("num_seeds", "num_held_out", "num_draws", "num_samples"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         channels = self.data.shape[-1]
