@@ -63,8 +63,7 @@ def main():
     devices = jax.devices()
     meshes = {
         "one": make_mesh(MeshConfig(), devices[:1]),
-        "data": make_mesh(MeshConfig(data=8), devices),
-        "fsdp": make_mesh(MeshConfig(data=2, fsdp=4), devices),
+        "eight": make_mesh(MeshConfig(data=2, fsdp=4), devices),
     }
     runs = {
         "clips": functools.partial(

@@ -205,7 +205,7 @@ class Stops(Examples):
         return super().__next__()
 
 
-@pytest.mark.parametrize("config", [ROLL, DIGITS], ids=["gaussian", "dropout"])
+@pytest.mark.parametrize("config", [ROLL, pytest.param(DIGITS, marks=pytest.mark.slow)], ids=["gaussian", "dropout"])
 def test_resume_is_exact(config, tmp_path):
     def opener(split, training):
         return Examples(config, training)
