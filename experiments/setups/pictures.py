@@ -12,7 +12,7 @@ from sora_jax.array_types import Array, PyTree
 from sora_jax.config import DeadLeavesConfig, StillsConfig, SwissRollConfig
 from sora_jax.diffusion import binomial, likelihood, samplers
 from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels, posterior
-from sora_jax.diffusion.guidance import inpainting
+from sora_jax.diffusion.guidance import Multiplied, inpainting
 from sora_jax.diffusion.samplers import DDIM, Ancestral, Denoise, Sampler
 from sora_jax.diffusion.schedules import respaced_betas, respaced_steps
 from sora_jax.evaluation import plots
@@ -24,6 +24,7 @@ Pictures = dict[str, bytes]  # PNGs by the names of their files
 SEED = 0
 PARTS = 4  # of a trajectory
 SHEET_STEPS = 50  # of a sample sheet
+NOISE = 0.5  # standard deviation of what is removed again
 
 
 def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out: np.ndarray) -> Pictures:
@@ -54,6 +55,7 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
     pictures["trajectories.png"] = plots.png_bytes(plots.image_grid([*forward, *reverse]))
     if isinstance(data, DeadLeavesConfig):
         pictures["inpainting.png"] = inpainted(task, params, held_out[:columns])
+        pictures["denoising.png"] = denoised(task, params, held_out[:columns])
     if isinstance(data, StillsConfig):
         curve = likelihood.rate_distortion(estimate.terms, num_values)
         pictures["rate_distortion.png"] = plots.rate_distortion(np.asarray(curve.rate), np.asarray(curve.distortion))
@@ -166,4 +168,14 @@ def inpainted(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
     sampler = Ancestral(task.config.process.variance)
     filled = run_chain(task, denoise, task.levels(params), sampler, len(images), 1, "inpainting")[-1]
     rows = [scaled(task, x) for x in (images, np.where(known, images, 2.0), filled)]
+    return plots.png_bytes(plots.image_grid(rows))
+
+
+def denoised(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
+    """Returns images, the same with noise, and draws of p(x) r(x), r = N(noisy; x, s^2) (section 2.5)."""
+    noise = np.random.default_rng(SEED).standard_normal(images.shape).astype(np.float32)
+    noisy = images + NOISE * noise
+    sampler = Multiplied(lambda x: (noisy - x) / NOISE**2)
+    path = run_chain(task, task.denoise(params), task.levels(params), sampler, len(images), 1, "denoising")
+    rows = [scaled(task, x) for x in (images, noisy, path[-1])]
     return plots.png_bytes(plots.image_grid(rows))
