@@ -82,12 +82,12 @@ class MCGSMConfig:
         batch_size: images of an update, all of whose pixels count.
     """
 
-    radius: int = 4
+    radius: int = 3
     num_components: int = 12
     num_scales: int = 4
-    num_features: int = 24
-    learning_rate: float = 1e-2
-    num_steps: int = 1500
+    num_features: int = 16
+    learning_rate: float = 5e-3
+    num_steps: int = 4000
     batch_size: int = 32
 
     def __post_init__(self) -> None:
