@@ -10,7 +10,7 @@ def config() -> DiffusionConfig:
     return DiffusionConfig(
         data=HeartbeatConfig(batch_size=512),
         model=MLPConfig(20, 20, width=64, depth=3, num_steps=2000, time_dim=32),
-        process=BinomialConfig(num_bit_levels=2000),
+        process=BinomialConfig(num_levels=2000),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, warmup_steps=200, weight_decay=0.0, ema_decay=0.999, final_share=0.0
         ),

@@ -41,7 +41,7 @@ def config():
     return DiffusionConfig(
         data=HeartbeatConfig(batch_size=16),
         model=MLPConfig(20, 20, width=8, depth=1, num_steps=8),
-        process=BinomialConfig(num_bit_levels=8),
+        process=BinomialConfig(num_levels=8),
         num_steps=3, log_every=3, eval_every=0, sample_every=0, num_held_out=10, num_samples=6,
     )
 """
@@ -147,10 +147,14 @@ def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):
 
 
 def test_all_sequences_count_the_same():
-    config = DiffusionConfig(data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(), num_held_out=10)
+    config = DiffusionConfig(
+        data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(num_levels=1000), num_held_out=10
+    )
     rows, counts = np.unique(held_out_examples(config), axis=0, return_counts=True)
     assert len(rows) == 5 and set(counts) == {2}
-    config = DiffusionConfig(data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(), num_held_out=7)
+    config = DiffusionConfig(
+        data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(num_levels=1000), num_held_out=7
+    )
     with pytest.raises(ValueError, match="num_held_out must be a multiple of the 5 sequences, got 7"):
         held_out_examples(config)
 

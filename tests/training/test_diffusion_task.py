@@ -30,7 +30,7 @@ from sora_jax.training.tasks.diffusion import (
 
 ROLL = DiffusionConfig(
     data=SwissRollConfig(batch_size=8),
-    model=MLPConfig(in_channels=2, out_channels=4, width=16, depth=1),
+    model=MLPConfig(in_channels=2, out_channels=4, width=16, depth=1, num_steps=20),
     process=GaussianConfig(num_levels=20, schedule="log_snr", variance="learned", loss="bound"),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
     num_steps=6, log_every=2, eval_every=3, eval_batches=2, save_every=100, sample_every=0,
@@ -38,8 +38,8 @@ ROLL = DiffusionConfig(
 BEATS = dataclasses.replace(
     ROLL,
     data=HeartbeatConfig(batch_size=8),
-    model=MLPConfig(in_channels=20, out_channels=20, width=16, depth=1),
-    process=BinomialConfig(num_bit_levels=20),
+    model=MLPConfig(in_channels=20, out_channels=20, width=16, depth=1, num_steps=20),
+    process=BinomialConfig(num_levels=20),
 )
 DIGITS = dataclasses.replace(
     ROLL,
@@ -230,7 +230,7 @@ def test_config_round_trips_through_json(config):
         (lambda: GaussianConfig(variance="learned"), "loss must be hybrid or bound where variance is learned"),
         (lambda: GaussianConfig(learn_betas=True), "learn_betas must be false where loss is not bound"),
         (lambda: GaussianConfig(log_snr_range=(3, 1)), r"log_snr_range must be \(lowest, highest\)"),
-        (lambda: BinomialConfig(num_bit_levels=0), "num_bit_levels must be at least 2, got 0"),
+        (lambda: BinomialConfig(num_levels=0), "num_levels must be at least 2, got 0"),
         (lambda: dataclasses.replace(ROLL, sample_every=5), "sample_every must be 0 for what is not an image, got 5"),
         (lambda: dataclasses.replace(ROLL, num_seeds=0), "num_seeds must be at least 1, got 0"),
         (lambda: dataclasses.replace(BEATS, data=ROLL.data), "MLPConfig.in_channels must be the 2 of the data, got 20"),
@@ -239,7 +239,11 @@ def test_config_round_trips_through_json(config):
             "MLPConfig.out_channels must be 4 for such data and such a variance, got 2",
         ),
         (
-            lambda: dataclasses.replace(BEATS, process=GaussianConfig()),
+            lambda: dataclasses.replace(ROLL, process=dataclasses.replace(ROLL.process, num_levels=21)),
+            "MLPConfig.num_steps must be the 21 of process.num_levels, got 20",
+        ),
+        (
+            lambda: dataclasses.replace(BEATS, process=GaussianConfig(num_levels=20)),
             "process must be a BinomialConfig for bits and a GaussianConfig for numbers",
         ),
     ],

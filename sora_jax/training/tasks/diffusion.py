@@ -95,17 +95,17 @@ class BinomialConfig:
     """A binomial process (arXiv:1503.03585, Table App.1), trained on its bound.
 
     Attributes:
-        num_bit_levels: steps of the process, T.
+        num_levels: steps of the process, T.
     """
 
-    num_bit_levels: int = 2000
+    num_levels: int = 2000
 
     def __post_init__(self) -> None:
-        check(self.num_bit_levels >= 2, self, "num_bit_levels", "at least 2")
+        check(self.num_levels >= 2, self, "num_levels", "at least 2")
 
     def betas(self) -> Float[np.ndarray, " steps"]:
         """Returns betas of which each erases the same share (section 2.4.1), float64."""
-        return schedules.harmonic_betas(self.num_bit_levels)
+        return schedules.harmonic_betas(self.num_levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,9 @@ class DiffusionConfig(ExperimentConfig):
         check(self.model.in_channels == channels, self.model, "in_channels", f"the {channels} of the data")
         out = 2 * channels if learns else channels
         check(self.model.out_channels == out, self.model, "out_channels", f"{out} for such data and such a variance")
+        steps = self.process.num_levels
+        told = getattr(self.model, "num_steps", steps)  # of networks that know how many there are
+        check(told == steps, self.model, "num_steps", f"the {steps} of process.num_levels")
         if isinstance(self.data, HeartbeatConfig) != isinstance(self.process, BinomialConfig):
             raise ValueError(
                 f"process must be a BinomialConfig for bits and a GaussianConfig for numbers, got a "
