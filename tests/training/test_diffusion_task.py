@@ -105,7 +105,7 @@ def test_simple_loss_of_a_network_that_says_nothing():
         ROLL,
         process=process,
         data=SwissRollConfig(batch_size=20_000),
-        model=dataclasses.replace(ROLL.model, out_channels=2),
+        model=dataclasses.replace(ROLL.model, out_channels=2, num_steps=50),
     )
     task = GaussianTask(config)
     zero = jax.tree.map(jnp.zeros_like, states.unboxed_params(task))
