@@ -18,8 +18,8 @@ from flax import linen as nn
 from sora_jax.array_types import NumpyArray
 from sora_jax.config import to_json
 from sora_jax.convert.torch_reader import read_state_dict
-from sora_jax.models.unet import CONFIG_FILE, UNet, UNetConfig, abstract_params
-from sora_jax.models.weights import WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
+from sora_jax.models.unet import UNet, UNetConfig, abstract_params
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
 
 SOURCE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

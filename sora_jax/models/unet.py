@@ -27,12 +27,10 @@ from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int, PyTree
-from sora_jax.config import check, from_json
+from sora_jax.config import check
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import conv, dense, group_norm, sinusoidal_embedding
-from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, read_params
-
-CONFIG_FILE = "config.json"
+from sora_jax.models.weights import check_shapes, read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,16 +242,6 @@ def load_unet(path: epath.PathLike) -> tuple[UNetConfig, PyTree]:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or parameters that are not those of the config.
     """
-    path = epath.Path(path)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"no U-Net at {path}: {name} is missing (experiments/convert_checkpoint.py writes it)."
-            )
-    try:
-        config = from_json(UNetConfig, (path / CONFIG_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    params = read_params(path / WEIGHTS_FILE)
+    config, params = read_model(path, UNetConfig, "U-Net")
     check_shapes(params, nn.meta.unbox(abstract_params(UNet(config))), str(path))
     return config, params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,9 +13,12 @@ from etils import epath
 from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
+from sora_jax.config import from_json
 from sora_jax.models.quantize import dequantize_tensors
 
-WEIGHTS_FILE = "model.safetensors"
+T = TypeVar("T")
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
 _DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
 
@@ -79,3 +82,31 @@ def read_params(path: epath.PathLike) -> PyTree:
         return traverse_util.unflatten_dict(dequantize_tensors(stored), sep=".")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_model(path: epath.PathLike, config_class: type[T], kind: str) -> tuple[T, PyTree]:
+    """Reads the config and the parameters of a model directory that `experiments/convert_checkpoint.py` wrote.
+
+    Args:
+        path: the directory, local or `gs://`.
+        config_class: the dataclass that `config.json` holds.
+        kind: what errors call the model.
+
+    Returns:
+        The config, and nested parameters as NumPy arrays, float32. That they fit each other is not checked.
+
+    Raises:
+        FileNotFoundError: a file that is missing; the message names it.
+        ValueError: a file that cannot be read; the message names it.
+    """
+    path = epath.Path(path)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"no {kind} at {path}: {name} is missing (experiments/convert_checkpoint.py writes it)."
+            )
+    try:
+        config = from_json(config_class, (path / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+    return config, read_params(path / WEIGHTS_FILE)

@@ -27,6 +27,7 @@ LOGICAL_RULES: Rules = {
     "heads_width": (),
     "mlp": (),
     "patch": (),
+    "classes": (),
     "text": (),
     "modulation": (),
 }

@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from sora_jax.config import PatchConfig
-from sora_jax.patches.positions import grid_positions
+from sora_jax.patches.positions import grid_positions, interpolate_positions
 from sora_jax.patches.rotary import apply_rope, rope_angles, rope_pairs
 
 
@@ -58,3 +61,42 @@ def test_products_depend_on_differences_alone():
 
     assert product(shift) == pytest.approx(product(0 * shift), abs=1e-4)
     assert abs(product(0 * shift) - float((q * k).sum())) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((3, 5), (6, 4)),
+        ((4, 2), (4, 2)),
+        ((14, 14), (24, 24)),
+        ((3, 2), (1, 5)),
+        ((1, 3), (4, 2)),
+        ((2, 3, 4), (5, 2, 3)),
+    ],
+)
+def test_interpolated_positions_against_scipy(old, new):
+    table = np.random.default_rng(0).normal(size=(1 + math.prod(old), 3))
+    found = interpolate_positions(table, old, new)
+    zoom = [n / o for n, o in zip(new, old, strict=True)]
+    expected = scipy.ndimage.zoom(table[1:].reshape(*old, 3), (*zoom, 1), order=1).reshape(-1, 3)
+    np.testing.assert_array_equal(found[0], table[0])
+    np.testing.assert_allclose(found[1:], expected, atol=1e-12)
+    np.testing.assert_array_equal(interpolate_positions(table[1:], old, new), found[1:])
+
+
+def test_interpolation_of_a_plane_is_exact():
+    y, x = np.meshgrid(np.arange(4), np.arange(3), indexing="ij")
+    plane = np.stack([y + 2 * x, 5 - x], axis=-1).reshape(-1, 2).astype(np.float32)
+    fine = interpolate_positions(plane, (4, 3), (7, 5))
+    assert fine.dtype == np.float32
+    y, x = np.meshgrid(np.arange(7) / 2, np.arange(5) / 2, indexing="ij")
+    np.testing.assert_allclose(fine, np.stack([y + 2 * x, 5 - x], axis=-1).reshape(-1, 2), rtol=1e-6)
+
+
+def test_positions_of_another_grid_are_refused():
+    with pytest.raises(ValueError, match=r"table must have 6 rows, or 7, for old_grid \(2, 3\); got 8"):
+        interpolate_positions(np.zeros((8, 2)), (2, 3), (4, 4))
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2, 3, 1\)"):
+        interpolate_positions(np.zeros((6, 2)), (2, 3), (2, 3, 1))
+    with pytest.raises(ValueError, match=r"at least 1, got \(2, 3\) and \(0, 3\)"):
+        interpolate_positions(np.zeros((6, 2)), (2, 3), (0, 3))

@@ -1,0 +1,264 @@
+"""ViT: images as runs of patches through the one transformer block (arXiv:2010.11929).
+
+    (1)  z_0 = [class token; patches E] + E_pos
+    (2)  z_l = blocks of self-attention and MLP, each behind a norm (pre-norm)
+    (3)  y   = norm(z_L), the class token's or the mean of all patches', then the head
+
+What is published and not here: dropout, and the hybrid stem (a ResNet before the patches).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+
+from sora_jax.array_types import Array, Float, PyTree
+from sora_jax.config import check
+from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.layers import dense, layer_norm
+from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
+from sora_jax.models.weights import check_shapes, read_model
+from sora_jax.patches.patchify import patchify
+from sora_jax.patches.positions import interpolate_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Size and computation of a `ViT`; `VIT_SIZES` names the published ones. The defaults are ViT-B/16's.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        channels: values of a pixel.
+        width: size of a token inside the model.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_dim: hidden size of the MLP.
+        pooling: what is classified: the class `token`, or the `mean` of all patches (then there is no class token).
+        representation_dim: size of the hidden layer (with tanh) that the head has in pre-training; 0 for none.
+        num_classes: values that the head puts out; 0 for no head.
+        norm_eps: epsilon of every norm.
+        exact_gelu: GELU by the error function, instead of its tanh approximation.
+        dtype: of the computation; parameters, norms, softmax and head stay float32.
+        remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
+        attention: kernel (see `sora_jax.models.attention`).
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    pooling: Literal["token", "mean"] = "token"
+    representation_dim: int = 0
+    num_classes: int = 1000
+    norm_eps: float = 1e-6
+    exact_gelu: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["xla", "blockwise"] = "xla"
+
+    def __post_init__(self) -> None:
+        for field in ("patch_size", "channels", "width", "depth", "num_heads", "mlp_dim"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        for field in ("representation_dim", "num_classes"):
+            check(getattr(self, field) >= 0, self, field, "at least 0")
+        whole = all(side >= 1 and side % self.patch_size == 0 for side in self.image_size)
+        check(whole, self, "image_size", f"(height, width), positive multiples of patch_size {self.patch_size}")
+        check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
+        check(self.norm_eps > 0, self, "norm_eps", "positive")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+_WIDTHS = {
+    "ti": dict(width=192, depth=12, num_heads=3, mlp_dim=768),
+    "s": dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
+    "b": dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
+    "l": dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
+    "h": dict(width=1280, depth=32, num_heads=16, mlp_dim=5120),
+}
+_PATCHES = {"ti": (16,), "s": (32, 16), "b": (32, 16), "l": (32, 16), "h": (14,)}
+# arXiv:2010.11929, table 1, with the smaller ones of arXiv:2106.10270, table 2.
+VIT_SIZES: dict[str, ViTConfig] = {
+    f"vit_{size}_{patch}": ViTConfig(patch_size=patch, **_WIDTHS[size]) for size in _WIDTHS for patch in _PATCHES[size]
+}
+
+
+class Encoder(nn.Module):
+    """Tokens with learned positions through the blocks: equations 1 and 2 and the norm of 3.
+
+    Attributes:
+        sublayers: of each block.
+        depth: number of blocks.
+        class_token: whether a learned token is put before the others.
+        eps: of the norms.
+        dtype: of the computation.
+        remat: see `ViTConfig`.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    depth: int
+    class_token: bool
+    eps: float
+    dtype: str
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
+        """Returns (B, D) float32: the normed class token, or the mean of all normed tokens where there is none."""
+        batch, _, width = x.shape
+        if self.class_token:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("width",))
+            token = self.param("class_token", init, (width,), jnp.float32).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, width)), x], axis=1)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "width"))
+        x = x + self.param("position_embedding", init, x.shape[1:], jnp.float32).astype(self.dtype)
+        blocks = scanned_blocks(
+            self.sublayers, depth=self.depth, eps=self.eps, dtype=self.dtype, remat=self.remat, name="blocks"
+        )
+        x, _ = blocks(x, Context(segment_ids=jnp.ones(x.shape[:2], jnp.int32)))
+        norm = layer_norm(name="norm", eps=self.eps, affine=True)
+        return norm(x[:, 0]) if self.class_token else norm(x).mean(axis=1)
+
+
+class ViT(nn.Module):
+    """Classifies images.
+
+    Attributes:
+        config: size and computation.
+        attention_fn: the kernel, where one is wanted that needs a mesh.
+    """
+
+    config: ViTConfig
+    attention_fn: AttentionFn | None = None
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch out"]:
+        """Computes logits, or features where the model has no head.
+
+        Args:
+            images: (B, H, W, channels), in [-1, 1] for the published weights.
+
+        Returns:
+            (B, num_classes) float32; (B, width) or (B, representation_dim) where `num_classes` is 0.
+
+        Raises:
+            ValueError: images of another size or number of channels than the config's.
+        """
+        c = self.config
+        expected = (*c.image_size, c.channels)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
+                "sora_jax.models.vit.resize_images makes a model for another size."
+            )
+        # An image is a clip of one frame.
+        patch = (1, c.patch_size, c.patch_size)
+        patches = jax.vmap(functools.partial(patchify, patch_size=patch))(images[:, None])  # (B, L, P)
+        x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
+        sublayers = (
+            attention_sublayer("self_attention", c, self.attention_fn or attention_kernel(c.attention)),
+            mlp_sublayer(c),
+        )
+        class_token = c.pooling == "token"
+        x = Encoder(sublayers, c.depth, class_token, c.norm_eps, c.dtype, c.remat, name="encoder")(x)
+        if c.representation_dim:
+            axes = ("width", "heads_width")
+            x = jnp.tanh(dense(c.representation_dim, axes, name="representation", dtype="float32")(x))
+        if c.num_classes:
+            x = dense(c.num_classes, ("width", "classes"), name="head", dtype="float32", zero=True)(x)
+        return x
+
+
+def attention_sublayer(name: str, config: ViTConfig, attention: AttentionFn) -> Sublayer:
+    """Returns ViT's self-attention: biases, no norm of queries and keys, no rotary angles.
+
+    Args:
+        name: of its parameters.
+        config: anything with `num_heads`, `norm_eps` and `dtype`.
+        attention: the kernel.
+    """
+    c = config
+    mixer = functools.partial(SelfAttention, c.num_heads, c.norm_eps, c.dtype, attention, qk_norm="none")
+    return Sublayer(name, mixer, affine=True, modulated=False)
+
+
+def mlp_sublayer(config: ViTConfig) -> Sublayer:
+    """Returns ViT's MLP; `config` is anything with `mlp_dim`, `dtype` and `exact_gelu`."""
+    mixer = functools.partial(FeedForward, config.mlp_dim, config.dtype, config.exact_gelu)
+    return Sublayer("mlp", mixer, affine=True, modulated=False)
+
+
+def resize_images(config: ViTConfig, params: PyTree, image_size: tuple[int, int]) -> tuple[ViTConfig, PyTree]:
+    """Returns config and parameters for images of another size, positions interpolated (section 3.2).
+
+    Args:
+        config: of the model.
+        params: its parameters, unboxed.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        ValueError: sides that are not positive multiples of the patch's.
+    """
+    new = dataclasses.replace(config, image_size=image_size)
+    encoder = params["encoder"]
+    table = interpolate_positions(encoder["position_embedding"], config.grid, new.grid)
+    return new, {**params, "encoder": {**encoder, "position_embedding": table}}
+
+
+def reset_head(config: ViTConfig, params: PyTree, num_classes: int) -> tuple[ViTConfig, PyTree]:
+    """Returns config and parameters for fine-tuning: the whole head replaced by a zero layer (section 3.2).
+
+    Args:
+        config: of the model.
+        params: its parameters, unboxed.
+        num_classes: of the new head; 0 for none.
+    """
+    new = dataclasses.replace(config, num_classes=num_classes, representation_dim=0)
+    params = {name: value for name, value in params.items() if name not in ("representation", "head")}
+    if num_classes:
+        kernel = np.zeros((config.width, num_classes), np.float32)
+        params["head"] = {"kernel": kernel, "bias": np.zeros(num_classes, np.float32)}
+    return new, params
+
+
+def init_params(model: ViT, key: jax.Array) -> dict:
+    """Returns freshly drawn parameters, boxed with their logical axes."""
+    c = model.config
+    return model.init(key, jnp.zeros((1, *c.image_size, c.channels)))["params"]
+
+
+def abstract_params(model: ViT) -> dict:
+    """Returns the shapes and logical axes of the parameters, without allocating them."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def load_vit(path: epath.PathLike) -> tuple[ViTConfig, PyTree]:
+    """Reads a model's config and parameters.
+
+    Args:
+        path: directory that `experiments/convert_checkpoint.py vit` wrote, local or `gs://`.
+
+    Returns:
+        The config, and the parameters of `ViT(config)` as NumPy arrays, float32.
+
+    Raises:
+        FileNotFoundError: a file that is missing; the message names it.
+        ValueError: a file that cannot be read, or parameters that are not those of the config.
+    """
+    config, params = read_model(path, ViTConfig, "ViT")
+    check_shapes(params, nn.meta.unbox(abstract_params(ViT(config))), str(path))
+    return config, params
