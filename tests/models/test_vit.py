@@ -105,14 +105,15 @@ def test_outputs_equal_numpy(config):
 def test_every_parameter_is_used_and_has_known_axes():
     boxed = abstract_params(ViT(CONFIG))
     param_shardings(boxed, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")))
-    gradient = jax.grad(lambda p: (forward(CONFIG, p, random_images(CONFIG)) ** 2).sum())(random_params(CONFIG))
+    loss = lambda params: (forward(CONFIG, params, random_images(CONFIG)) ** 2).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(random_params(CONFIG))
     for name, leaf in flat_names(gradient).items():
         # A key's bias adds the same to all scores of a query, which softmax does not see.
         assert name.endswith("key.bias") or (np.abs(leaf) > 1e-7).any(), name
 
 
 def test_a_fresh_model_predicts_zero():
-    params = nn.meta.unbox(init_params(ViT(CONFIG), jax.random.key(0)))
+    params = nn.meta.unbox(jax.jit(functools.partial(init_params, ViT(CONFIG)))(jax.random.key(0)))
     assert not forward(CONFIG, params, random_images(CONFIG)).any()
     assert not params["encoder"]["class_token"].any()
     assert params["encoder"]["position_embedding"].std() == pytest.approx(0.02, rel=0.2)

@@ -1,0 +1,393 @@
+"""ViT's published weights into `sora_jax.models.vit`, and ours into the official layout.
+
+Two layouts are read: the `.npz` files of the official JAX code (google-research/vision_transformer), and the
+`ViTForImageClassification` of transformers (`config.json` beside `model.safetensors` or `pytorch_model.bin`).
+
+The values of a patch run in the order y, x, channel in the official kernel (P, P, C, D) as in
+`sora_jax.patches.patchify`, so the official tensors are reshaped and nothing else. PyTorch's are transposed first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from flax import traverse_util
+
+from sora_jax.array_types import NumpyArray, PyTree
+from sora_jax.config import to_json
+from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.models.vit import ViT, ViTConfig, abstract_params
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
+
+TORCH_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+_NPZ_LAYERS = {
+    "patch_embedding": "embedding",
+    "encoder.norm": "Transformer/encoder_norm",
+    "representation": "pre_logits",
+    "head": "head",
+    "self_attention_norm": "LayerNorm_0",
+    "self_attention.query": "MultiHeadDotProductAttention_1/query",
+    "self_attention.key": "MultiHeadDotProductAttention_1/key",
+    "self_attention.value": "MultiHeadDotProductAttention_1/value",
+    "self_attention.out": "MultiHeadDotProductAttention_1/out",
+    "mlp_norm": "LayerNorm_2",
+    "mlp.mlp.fc1": "MlpBlock_3/Dense_0",
+    "mlp.mlp.fc2": "MlpBlock_3/Dense_1",
+}
+_TORCH_LAYERS = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "encoder.norm": "layernorm",
+    "self_attention_norm": "layernorm_before",
+    "self_attention.query": "attention.attention.query",
+    "self_attention.key": "attention.attention.key",
+    "self_attention.value": "attention.attention.value",
+    "self_attention.out": "attention.output.dense",
+    "mlp_norm": "layernorm_after",
+    "mlp.mlp.fc1": "intermediate.dense",
+    "mlp.mlp.fc2": "output.dense",
+}
+_BLOCKS = "encoder.blocks."
+
+
+class Source(NamedTuple):
+    """Where one of our parameters lies in a file.
+
+    Attributes:
+        names: of its tensors: one, or one for each block.
+        shape: of each tensor.
+        axes: the order of the file's axes in which they are ours up to reshaping.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def gather_tensors(
+    state: Mapping[str, NumpyArray], sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], kind: str
+) -> dict[str, NumpyArray]:
+    """Takes our parameters out of a file's tensors.
+
+    Args:
+        state: the file's tensors.
+        sources: by our flat names.
+        shapes: of our parameters.
+        kind: what errors call the file.
+
+    Returns:
+        The parameters by flat names; float32.
+
+    Raises:
+        ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
+    """
+    state, tensors = dict(state), {}
+    for name, source in sources.items():
+        values = []
+        for key in source.names:
+            if key not in state:
+                raise ValueError(f"{kind}: tensor {key} is missing.")
+            value = state.pop(key)
+            if value.shape != source.shape:
+                raise ValueError(f"{kind}: {key} must be {source.shape}, got {value.shape}.")
+            value = value.astype(np.float32)
+            if not np.isfinite(value).all():
+                raise ValueError(f"{kind}: {key} has a value that is not finite.")
+            values.append(value.transpose(source.axes))
+        tensors[name] = np.stack(values).reshape(shapes[name])
+    if state:
+        raise ValueError(f"{kind}: tensor {min(state)} is unknown.")
+    return tensors
+
+
+def npz_config(state: Mapping[str, NumpyArray], image_size: tuple[int, int] | None = None) -> ViTConfig:
+    """Reads the sizes off the tensors of an official file.
+
+    Its code computes GELU by the tanh approximation (`jax.nn.gelu`'s default), so `exact_gelu` is false.
+
+    Args:
+        state: the file's tensors.
+        image_size: (height, width) in pixels; None for the square that the positions make.
+
+    Raises:
+        ValueError: a tensor without which the sizes are not known, or positions that make no square; it is named.
+    """
+    first = "Transformer/encoderblock_0"
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"ViT .npz weights: tensor {name} is missing.")
+        if state[name].ndim != ndim:
+            raise ValueError(f"ViT .npz weights: {name} must have {ndim} axes, got shape {state[name].shape}.")
+        return state[name].shape
+
+    patch, _, channels, width = shape("embedding/kernel", 4)
+    positions = "Transformer/posembed_input/pos_embedding"
+    num_places = shape(positions, 3)[1] - ("cls" in state)
+    if image_size is None:
+        side = math.isqrt(num_places)
+        if side * side != num_places:
+            raise ValueError(f"ViT .npz weights: {positions} has {num_places} patches, which make no square.")
+        image_size = (side * patch, side * patch)
+    found = (re.match(r"Transformer/encoderblock_(\d+)/", name) for name in state)
+    return ViTConfig(
+        image_size=image_size,
+        patch_size=patch,
+        channels=channels,
+        width=width,
+        depth=1 + max((int(match[1]) for match in found if match), default=0),
+        num_heads=shape(f"{first}/MultiHeadDotProductAttention_1/query/kernel", 3)[1],
+        mlp_dim=shape(f"{first}/MlpBlock_3/Dense_0/kernel", 2)[1],
+        pooling="token" if "cls" in state else "mean",
+        representation_dim=shape("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in state else 0,
+        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in state else 0,
+        exact_gelu=False,
+    )
+
+
+def from_npz(state: Mapping[str, NumpyArray], config: ViTConfig) -> PyTree:
+    """Returns the parameters of `ViT(config)` from the tensors of an official file.
+
+    Raises:
+        ValueError: like `gather_tensors`.
+    """
+    shapes = _shapes(config)
+    tensors = gather_tensors(state, _npz_sources(config, shapes), shapes, "ViT .npz weights")
+    return traverse_util.unflatten_dict(tensors, sep=".")
+
+
+def to_npz(params: PyTree, config: ViTConfig) -> dict[str, NumpyArray]:
+    """Returns the tensors of an official file: the inverse of `from_npz`.
+
+    Args:
+        params: of `ViT(config)`, unboxed.
+        config: of the model.
+    """
+    values, tensors = flat_names(params), {}
+    for name, source in _npz_sources(config, _shapes(config)).items():
+        parts = np.asarray(values[name]).reshape(len(source.names), *source.shape)
+        tensors |= dict(zip(source.names, parts, strict=True))
+    return tensors
+
+
+def torch_config(values: Mapping[str, Any], num_classes: int) -> ViTConfig:
+    """Reads the `config.json` of a `ViTForImageClassification`.
+
+    Args:
+        values: its options.
+        num_classes: of the head, which the file of weights tells.
+
+    Raises:
+        ValueError: an option that is missing or not `ViT`'s; the message names it.
+    """
+    expect_options(values, "vit")
+    size = values["image_size"]
+    return ViTConfig(
+        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        patch_size=values["patch_size"],
+        channels=values["num_channels"],
+        **common_options(values),
+        num_classes=num_classes,
+    )
+
+
+def expect_options(values: Mapping[str, Any], kind: str) -> None:
+    """Checks the options that the config of a ViT or a ViViT of transformers must have.
+
+    Args:
+        values: the options.
+        kind: `vit` or `vivit`, its `model_type`.
+
+    Raises:
+        ValueError: one that is missing or another network's; the message names it.
+    """
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
+    sizes = {"vit": ("patch_size",), "vivit": ("num_frames", "tubelet_size")}[kind]
+    for option, allowed in (
+        ("model_type", (kind,)),
+        ("qkv_bias", (True,)),
+        ("hidden_act", ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh")),
+    ):
+        value = values.get(option, None if option == "model_type" else allowed[0])
+        if value not in allowed:
+            words = " or ".join(map(repr, allowed))
+            raise ValueError(f"{kind} config: {option} must be {words}, got {value!r}.")
+    for option in (*needed, "hidden_act", "image_size", "num_channels", *sizes):
+        if option not in values:
+            raise ValueError(f"{kind} config: option {option!r} is missing.")
+
+
+def common_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `ViTConfig` and `ViViTConfig` that transformers has one name for."""
+    return {
+        "width": values["hidden_size"],
+        "depth": values["num_hidden_layers"],
+        "num_heads": values["num_attention_heads"],
+        "mlp_dim": values["intermediate_size"],
+        "norm_eps": values["layer_norm_eps"],
+        "exact_gelu": values["hidden_act"] == "gelu",
+    }
+
+
+def torch_sources(
+    shapes: Mapping[str, tuple[int, ...]], kernel: tuple[int, ...], depth: int, prefix: str
+) -> dict[str, Source]:
+    """Returns where the parameters of a ViT or a ViViT (Model 1) lie in a state dict of transformers.
+
+    Args:
+        shapes: of our parameters by flat names.
+        kernel: (P, P) or (t, P, P, ): sides of the kernel of the patch embedding.
+        depth: number of blocks.
+        prefix: `vit.` or `vivit.`, which all names but the head's have.
+    """
+    sources = {}
+    for name, shape in shapes.items():
+        if name == "encoder.class_token":
+            sources[name] = Source((f"{prefix}embeddings.cls_token",), (1, 1, *shape), (0, 1, 2))
+            continue
+        if name == "encoder.position_embedding":
+            sources[name] = Source((f"{prefix}embeddings.position_embeddings",), (1, *shape), (0, 1, 2))
+            continue
+        layer, leaf = name.rsplit(".", 1)
+        leaf = "bias" if leaf == "bias" else "weight"
+        if name.startswith(_BLOCKS):
+            layer, shape = _TORCH_LAYERS[layer.removeprefix(_BLOCKS)], shape[1:]
+            names = tuple(f"{prefix}encoder.layer.{i}.{layer}.{leaf}" for i in range(depth))
+        else:
+            names = (f"classifier.{leaf}" if layer == "head" else f"{prefix}{_TORCH_LAYERS[layer]}.{leaf}",)
+        if name == "patch_embedding.kernel":
+            channels = shape[0] // math.prod(kernel)
+            # (D, C, ..., P, P) -> (..., P, P, C, D)
+            sources[name] = Source(names, (shape[1], channels, *kernel), (*range(2, 2 + len(kernel)), 1, 0))
+        else:
+            sources[name] = Source(names, shape[::-1], tuple(reversed(range(len(shape)))))
+    return sources
+
+
+def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = None) -> dict[str, bytes]:
+    """Converts a ViT.
+
+    Args:
+        source: an official `.npz` file; or a directory with `config.json` and `model.safetensors` (taken first) or
+            `pytorch_model.bin` of a `ViTForImageClassification`, or that file of weights beside its config.
+        image_size: (height, width) of an official model whose images are not square; None where they are.
+
+    Returns:
+        The contents of the files that `load_vit` reads, by name.
+
+    Raises:
+        FileNotFoundError: weights or config that are missing.
+        ValueError: files that do not hold such a network; the message names them.
+    """
+    source = epath.Path(source)
+    if source.suffix != ".npz":
+        values, state, weights = read_torch_model(source, "ViT")
+        try:
+            head = state.get("classifier.bias")
+            config = torch_config(values, 0 if head is None else len(head))
+            shapes, kernel = _shapes(config), (config.patch_size, config.patch_size)
+            sources = torch_sources(shapes, kernel, config.depth, "vit.")
+            tensors = gather_tensors(state, sources, shapes, "ViT weights")
+        except ValueError as error:
+            raise ValueError(f"{weights} cannot be converted: {error}") from error
+    else:
+        if not source.is_file():
+            raise FileNotFoundError(f"no ViT at {source}.")
+        try:
+            state = read_npz(source)
+            config = npz_config(state, image_size)
+            tensors = flat_names(from_npz(state, config))
+        except ValueError as error:
+            raise ValueError(f"{source} cannot be converted: {error}") from error
+    return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(config).encode()}
+
+
+def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
+    """Returns the arrays of an `.npz` file; nothing pickled is read.
+
+    Raises:
+        ValueError: a truncated or another file.
+    """
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes())) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"not a whole .npz file: {error}") from error
+
+
+def read_torch_model(source: epath.Path, kind: str) -> tuple[dict[str, Any], dict[str, NumpyArray], epath.Path]:
+    """Reads a model of transformers.
+
+    Args:
+        source: a directory with `config.json` and one of `TORCH_WEIGHTS`, or that file.
+        kind: what errors call the model.
+
+    Returns:
+        The options of its config, its tensors, and the file that they were in.
+
+    Raises:
+        FileNotFoundError: weights or config that are missing.
+        ValueError: a file that cannot be read; the message names it.
+    """
+    weights = source
+    if source.is_dir():
+        weights = next((source / name for name in TORCH_WEIGHTS if (source / name).is_file()), source)
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {kind} at {source}: it holds neither {' nor '.join(TORCH_WEIGHTS)}.")
+    if weights.suffix not in (".safetensors", ".bin"):
+        raise ValueError(f"{source} must be a .safetensors or a .bin file or a directory that holds one.")
+    config = weights.parent / CONFIG_FILE
+    if not config.is_file():
+        raise FileNotFoundError(f"no config of a {kind} at {config}.")
+    try:
+        values = json.loads(config.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}.")
+    except ValueError as error:
+        raise ValueError(f"{config} cannot be converted: {error}") from error
+    try:
+        state = read_state_dict(weights) if weights.suffix == ".bin" else read_tensors(weights)
+    except ValueError as error:
+        raise ValueError(f"{weights} cannot be converted: {error}") from error
+    return values, state, weights
+
+
+def _npz_sources(config: ViTConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
+    """Returns where the parameters of `ViT(config)` lie in an official file."""
+    heads = (config.num_heads, config.width // config.num_heads)
+    sources = {}
+    for name, shape in shapes.items():
+        if name == "encoder.class_token":
+            names, shape = ("cls",), (1, 1, *shape)
+        elif name == "encoder.position_embedding":
+            names, shape = ("Transformer/posembed_input/pos_embedding",), (1, *shape)
+        elif name.startswith(_BLOCKS):
+            layer, leaf = name.removeprefix(_BLOCKS).rsplit(".", 1)
+            names = tuple(f"Transformer/encoderblock_{i}/{_NPZ_LAYERS[layer]}/{leaf}" for i in range(config.depth))
+            shape = shape[1:]
+            if layer in ("self_attention.query", "self_attention.key", "self_attention.value"):
+                shape = (*shape[:-1], *heads)
+            elif name.endswith("self_attention.out.kernel"):
+                shape = (*heads, config.width)
+        else:
+            layer, leaf = name.rsplit(".", 1)
+            names = (f"{_NPZ_LAYERS[layer]}/{leaf}",)
+            if name == "patch_embedding.kernel":
+                shape = (config.patch_size, config.patch_size, config.channels, config.width)
+        sources[name] = Source(names, shape, tuple(range(len(shape))))
+    return sources
+
+
+def _shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters of `ViT(config)` by flat names."""
+    return {name: leaf.shape for name, leaf in flat_names(nn.meta.unbox(abstract_params(ViT(config)))).items()}
