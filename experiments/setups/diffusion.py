@@ -172,14 +172,16 @@ def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
 
 
 def mean_over_seeds(reports: list[Report]) -> Report:
-    """Returns the means of the figures of several seeds, what is not a number being that of the first.
+    """Returns the means of the figures of several seeds; what is the same for all stays as it is.
 
     `k_stderr` is the mean of the seeds' own, since these are taken over the same examples; `k_seed_std` is the
     standard deviation of K from seed to seed.
     """
     first = reports[0]
     means = {
-        name: value if isinstance(value, str) else np.mean([report[name] for report in reports], axis=0).tolist()
+        name: value
+        if all(report[name] == value for report in reports)
+        else np.mean([report[name] for report in reports], axis=0).tolist()
         for name, value in first.items()
     }
     k = [report["k_bits"] for report in reports]

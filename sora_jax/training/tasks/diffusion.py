@@ -138,6 +138,7 @@ class DiffusionConfig(ExperimentConfig):
         check(not self.sample_every or len(self.data.shape) == 3, self, "sample_every", "0 for what is not an image")
         for field in ("num_seeds", "num_held_out", "num_draws", "num_samples"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(len(self.data.eval_splits) >= 1, self.data, "eval_splits", "at least one; the first is what is scored")
         channels = self.data.shape[-1]
         learns = isinstance(self.process, GaussianConfig) and self.process.variance == "learned"
         check(self.model.in_channels == channels, self.model, "in_channels", f"the {channels} of the data")
