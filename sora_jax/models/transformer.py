@@ -77,26 +77,31 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a segment's tokens to the tokens of its caption, with QK RMSNorm.
+    """Attention of a segment's tokens to the tokens of its caption, or to whatever else `Context.text` holds.
 
     Attributes:
         num_heads: H.
         eps: of the norms.
         dtype: of the computation.
         attention: the kernel.
+        qk_norm: see `SelfAttention`.
+        bias: whether the projections have one.
     """
 
     num_heads: int
     eps: float
     dtype: str
     attention: AttentionFn
+    qk_norm: QKNorm = "width"
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
         """Returns (B, L, D)."""
-        q, k, v = _project(x, context.text, self.num_heads, self.eps, self.dtype)
+        q, k, v = _project(x, context.text, self.num_heads, self.eps, self.dtype, self.qk_norm, self.bias)
         out = self.attention(q, k, v, context.segment_ids, context.text_segment_ids)
-        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype)(out.reshape(x.shape))
+        out = out.reshape(x.shape)
+        return dense(x.shape[-1], ("heads_width", "width"), name="out", dtype=self.dtype, bias=self.bias)(out)
 
 
 class FeedForward(nn.Module):
