@@ -14,6 +14,7 @@ import numpy as np
 from sora_jax.array_types import NumpyArray
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.patches.patchify import num_tokens
+from sora_jax.patches.token_drop import truncated_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,50 @@ def draw_sample(
     if size is None:
         return None
     return Sample(clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced)
+
+
+def sample_size(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    sides: tuple[float, float],
+    patch: PatchConfig,
+    mean: float = -0.5,
+    std: float = 1.0,
+) -> tuple[int, int]:
+    """Draws the size of an image or clip as NaViT does (arXiv:2307.06304, section 3.2): its area is a side squared.
+
+    The side is linear in a normal number within [-1, 1], which the bounds of `sides` stand for. The paper's best has
+    the mean -0.5, which prefers small images. Deviation: nothing is enlarged; the side stops at that of the stored
+    image.
+
+    Args:
+        rng: of this draw.
+        height: stored height in pixels.
+        width: stored width in pixels.
+        sides: (smallest, largest) side in pixels.
+        patch: gives the multiples.
+        mean: of the normal number.
+        std: of the normal number.
+
+    Returns:
+        (height, width), multiples of the patch's and at least one; the aspect is kept to within a patch.
+
+    Raises:
+        ValueError: sides that are not positive and increasing, or an image smaller than a patch.
+    """
+    _, ph, pw = patch.size
+    smallest, largest = sides
+    if not 0 < smallest < largest:
+        raise ValueError(f"sides must be (smallest, largest) with 0 < smallest < largest, got {sides}.")
+    if height < ph or width < pw:
+        raise ValueError(f"an image of {height} x {width} pixels is smaller than a patch of {ph} x {pw}.")
+    share = (truncated_normal(rng, mean, std, -1.0, 1.0) + 1) / 2
+    scale = min((smallest + share * (largest - smallest)) / math.sqrt(height * width), 1.0)
+    # Rounding must not make it larger than it is stored either.
+    return tuple(
+        max(min(round(value * scale / size), value // size), 1) * size for value, size in ((height, ph), (width, pw))
+    )
 
 
 def select_clips(num_clips: int, max_clips: int | None, seed: int) -> NumpyArray:

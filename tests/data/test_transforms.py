@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import scipy.stats
 
 from sora_jax.config import DataConfig, PatchConfig
-from sora_jax.data.transforms import Sample, draw_sample, fit_size, select_clips
+from sora_jax.data.transforms import Sample, draw_sample, fit_size, sample_size, select_clips
 from sora_jax.patches.patchify import num_tokens
 
 PATCH = PatchConfig(size=(2, 8, 8))
@@ -65,3 +66,52 @@ def test_a_chosen_part_is_fixed_by_its_seed():
     chosen = select_clips(1000, 64, 7)
     assert len(set(chosen)) == 64 and (np.diff(chosen) > 0).all()
     assert select_clips(1000, 64, 7).tolist() == chosen.tolist() != select_clips(1000, 64, 8).tolist()
+
+
+def side_shares(sides, **options):
+    """Where the drawn sides of a large square image lie between the bounds, to within a pixel."""
+    pixels = PatchConfig(size=(1, 1, 1))
+    rng = np.random.default_rng(0)
+    sizes = [sample_size(rng, 5000, 5000, sides, pixels, **options) for _ in range(2000)]
+    return [(height - sides[0]) / (sides[1] - sides[0]) for height, _ in sizes]
+
+
+@pytest.mark.parametrize(("options", "mean"), [({}, -0.5), ({"mean": 0.5}, 0.5)])
+def test_sides_follow_a_truncated_normal(options, mean):
+    shares = side_shares((64.0, 4064.0), **options)
+    assert 0 <= min(shares) < 0.01
+    assert 0.97 < max(shares) <= 1
+    normal = scipy.stats.truncnorm(-1 - mean, 1 - mean, loc=mean)
+    assert scipy.stats.kstest(2 * np.array(shares) - 1, normal.cdf).pvalue > 0.01
+
+
+def test_sampled_sizes_keep_the_aspect_and_the_area():
+    rng = np.random.default_rng(0)
+    for height, width in [(300, 400), (1000, 125), (640, 640)]:
+        for _ in range(50):
+            h, w = sample_size(rng, height, width, (64.0, 200.0), PATCH)
+            assert h % 8 == w % 8 == 0 < min(h, w)
+            side = np.sqrt(height * width)
+            assert abs(h / height - w / width) <= 4 / height + 4 / width
+            assert 64 - 8 * side / min(height, width) < np.sqrt(h * w) < 200 + 8 * side / min(height, width)
+
+
+def test_sampled_sizes_never_enlarge():
+    rng = np.random.default_rng(0)
+    sizes = {sample_size(rng, 23, 9, (100.0, 200.0), PATCH) for _ in range(20)}
+    assert sizes == {(16, 8)}
+    assert sample_size(rng, 8, 800, (8.0, 9.0), PATCH)[0] == 8  # at least a patch
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "sides", "match"),
+    [
+        (7, 90, (8.0, 9.0), "image of 7 x 90 pixels is smaller than a patch of 8 x 8"),
+        (90, 7, (8.0, 9.0), "image of 90 x 7 pixels is smaller than a patch of 8 x 8"),
+        (90, 90, (9.0, 8.0), "sides must be"),
+        (90, 90, (0.0, 8.0), "sides must be"),
+    ],
+)
+def test_sizes_that_cannot_be_sampled(height, width, sides, match):
+    with pytest.raises(ValueError, match=match):
+        sample_size(np.random.default_rng(0), height, width, sides, PATCH)
