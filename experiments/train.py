@@ -225,16 +225,24 @@ def run(arguments: Arguments) -> int:
     if isinstance(config, SoraConfig):
         train_one(config, workdir, arguments.init_from, console)
         return 0
-    from setups.diffusion import mean_over_seeds, report_table
+    from setups.diffusion import beside, mean_over_seeds, report_table
 
-    configs = {arguments.name: config} | {name: load_config(name, type(config)) for name in config.beside}
+    configs = {arguments.name: config}
+    for name in config.beside:
+        if pathlib.Path(name).stem in {pathlib.Path(other).stem for other in configs}:
+            raise ValueError(f"beside must name other experiments than those already run, got {name!r}.")
+        configs[name] = beside(config, load_config(name, type(config)), name)
+    for name, experiment in configs.items():
+        runs = f"{name}: {experiment.num_seeds} x {experiment.num_steps:,} steps"
+        console.print(runs if name == arguments.name else f"{runs}, beside it", highlight=False)
     means = {}
     for name, experiment in configs.items():
         reports = []
         for seed in range(experiment.seed, experiment.seed + experiment.num_seeds):
             directory = workdir / f"{pathlib.Path(name).stem}_seed_{seed}"
             seeded = dataclasses.replace(experiment, seed=seed)
-            setup, outcome = train_one(seeded, directory, arguments.init_from, console)
+            init_from = arguments.init_from if name == arguments.name else None
+            setup, outcome = train_one(seeded, directory, init_from, console)
             if outcome is Outcome.PREEMPTED:
                 return 0
             if jax.process_index() == 0:

@@ -195,11 +195,11 @@ class SwissRollConfig(BatchConfig):
     """
 
     eval_splits: tuple[str, ...] = ("held_out",)
-    noise: float = 0.002
+    noise: float = 0.0025
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 < self.noise < 1, self, "noise", "between 0 and 1")
+        check(1e-4 <= self.noise < 1, self, "noise", "at least 1e-4 and below 1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -240,10 +240,12 @@ class DeadLeavesConfig(BatchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("size", "num_images"):
-            check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(self.size >= 1, self, "size", "at least 1")
+        pixels = self.size**2
+        check(self.num_images > pixels, self, "num_images", f"more than an image's {pixels} pixels, for the Gaussian")
+        check(self.image_seed >= 0, self, "image_seed", "at least 0")
         low, high = self.radii
-        check(0 < low < high, self, "radii", "(smallest, largest) with 0 < smallest < largest")
+        check(0 < low < high < math.inf, self, "radii", "(smallest, largest), finite, with 0 < smallest < largest")
         check(0 < self.pixel_noise < 1, self, "pixel_noise", "between 0 and 1")
 
     @property
@@ -328,13 +330,13 @@ class OptimizerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        check(self.learning_rate > 0, self, "learning_rate", "positive")
+        check(0 < self.learning_rate < math.inf, self, "learning_rate", "positive and finite")
         check(0 <= self.final_share <= 1, self, "final_share", "between 0 and 1")
         check(self.warmup_steps >= 0, self, "warmup_steps", "at least 0")
         for field in ("b1", "b2", "ema_decay"):
             check(0 <= getattr(self, field) < 1, self, field, "at least 0 and below 1")
         check(self.eps > 0, self, "eps", "positive")
-        check(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+        check(0 <= self.weight_decay < math.inf, self, "weight_decay", "at least 0 and finite")
         check(self.clip_norm > 0, self, "clip_norm", "positive")
         check(self.accumulation_steps >= 1, self, "accumulation_steps", "at least 1")
 
@@ -412,7 +414,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for field in ("num_steps", "log_every", "eval_batches", "save_every", "keep"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
-        for field in ("eval_every", "sample_every"):
+        for field in ("seed", "eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
 
 

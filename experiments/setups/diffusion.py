@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,9 +95,9 @@ class DiffusionSetup:
             progress=lambda done: bar(done, batches),
         )
         figures = score(self.config, estimate, held_out, self._console)
+        write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
         for name, png in pictures.draw(self._task, params, estimate, held_out).items():
             write_whole(self._workdir / name, png)
-        write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
         self._console.print(f"figures and pictures: {self._workdir}", highlight=False, soft_wrap=True)
         return figures
 
@@ -122,6 +124,22 @@ def held_out_examples(config: DiffusionConfig) -> np.ndarray:
             f"num_held_out must be at most the {len(images)} images of {data.eval_splits[0]}, got {count}."
         )
     return images
+
+
+def beside(config: DiffusionConfig, other: DiffusionConfig, name: str) -> DiffusionConfig:
+    """Returns another experiment as it is run beside one: on its data, seeds and held-out examples.
+
+    Raises:
+        ValueError: it is on another kind of data.
+    """
+    if type(config.data) is not type(other.data):
+        kinds = f"{type(config.data).__name__}, got {name!r} with {type(other.data).__name__}"
+        raise ValueError(f"beside must name experiments on the same kind of data, {kinds}.")
+    return dataclasses.replace(
+        other,
+        data=dataclasses.replace(config.data, batch_size=other.data.batch_size),
+        **{field: getattr(config, field) for field in ("seed", "num_seeds", "num_held_out", "num_draws")},
+    )
 
 
 def score(
@@ -174,8 +192,8 @@ def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
 def mean_over_seeds(reports: list[Report]) -> Report:
     """Returns the means of the figures of several seeds; what is the same for all stays as it is.
 
-    `k_stderr` is the mean of the seeds' own, since these are taken over the same examples; `k_seed_std` is the
-    standard deviation of K from seed to seed.
+    `k_stderr` is the mean of the seeds' own, since these are taken over the same examples; `k_seed_std`, of two seeds
+    and more, is the standard deviation of K from seed to seed.
     """
     first = reports[0]
     means = {
@@ -185,12 +203,14 @@ def mean_over_seeds(reports: list[Report]) -> Report:
         for name, value in first.items()
     }
     k = [report["k_bits"] for report in reports]
-    return means | {"num_seeds": len(k), "k_by_seed": k, "k_seed_std": float(np.std(k, ddof=1)) if len(k) > 1 else 0.0}
+    means |= {"num_seeds": len(k), "k_by_seed": k}
+    return means | ({"k_seed_std": float(np.std(k, ddof=1))} if len(k) > 1 else {})
 
 
 def report_table(means: dict[str, Report]) -> rich.table.Table:
     """Returns the figures of experiments side by side; curves are left to their pictures."""
-    table = rich.table.Table("bits", *means, title=f"mean over {max(m['num_seeds'] for m in means.values())} seeds")
+    heads = [pathlib.Path(name).stem for name in means]
+    table = rich.table.Table("bits", *heads, title="means over seeds")
     names = dict.fromkeys(name for figures in means.values() for name in figures)
     for name in names:
         cells = [figures.get(name, "") for figures in means.values()]

@@ -11,10 +11,10 @@ import numpy as np
 from sora_jax.array_types import Array, PyTree
 from sora_jax.config import DeadLeavesConfig, StillsConfig, SwissRollConfig
 from sora_jax.diffusion import binomial, likelihood, samplers
-from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels, posterior
+from sora_jax.diffusion.gaussian import Levels, corrupt, posterior
 from sora_jax.diffusion.guidance import Multiplied, inpainting
 from sora_jax.diffusion.samplers import DDIM, Ancestral, Denoise, Sampler
-from sora_jax.diffusion.schedules import respaced_betas, respaced_steps
+from sora_jax.diffusion.schedules import respaced_steps
 from sora_jax.evaluation import plots
 from sora_jax.evaluation.bound import BoundEstimate
 from sora_jax.generation.progress import ProgressBar
@@ -45,7 +45,7 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
     if isinstance(data, SwissRollConfig):
         return pictures | {"trajectories.png": point_trajectories(task, params, held_out[:count])}
     path = reverse_path(task, params, count, "samples")
-    columns = min(count, 8)
+    columns = min(count, len(held_out), 8)
     samples = path[-1][: count // columns * columns]
     pictures["samples.png"] = plots.png_bytes(
         plots.image_grid(list(scaled(task, samples).reshape(-1, columns, *samples.shape[1:])))
@@ -66,7 +66,8 @@ def sample_sheet(task: GaussianTask, params: PyTree) -> np.ndarray:
     """Returns a picture of images sampled by few steps of DDIM, (H, W, 3) uint8."""
     num_levels = task.config.process.num_levels
     steps = respaced_steps(num_levels, min(SHEET_STEPS, num_levels), "linspace")
-    levels = discrete_levels(respaced_betas(task.config.process.betas(), steps), steps)
+    places = [*(num_levels - 1 - steps[::-1]), num_levels]
+    levels = Levels(*(np.asarray(a)[places] for a in task.levels(params)))
     samples = run_chain(task, task.denoise(params), levels, DDIM(), task.config.num_samples, 1, "samples")[-1]
     columns = min(len(samples), 8)
     kept = scaled(task, samples[: len(samples) // columns * columns])

@@ -34,7 +34,10 @@ class BoundEstimate:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean over examples; 0 for one example."""
+        """Standard error of the mean, were the examples independent; of copies of a few it is that of the draws alone.
+
+        0 for one example.
+        """
         return float(self.k.std(ddof=1) / np.sqrt(len(self.k))) if len(self.k) > 1 else 0.0
 
 

@@ -49,10 +49,11 @@ def config():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two seeds of a roll with a heartbeat beside them, run and reported."""
+    """Two seeds of a roll with another network beside it, run and reported; the other's own data and seeds differ."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "beats.py").write_text(BEATS)
-    (folder / "roll.py").write_text(ROLL.replace("{beside}", f"{str(folder / 'beats.py')!r},"))
+    other = ROLL.replace("{beside}", "").replace("noise=0.2", "noise=0.9").replace("num_seeds=2", "num_seeds=1")
+    (folder / "other.py").write_text(other.replace("width=8", "width=4"))
+    (folder / "roll.py").write_text(ROLL.replace("{beside}", f"{str(folder / 'other.py')!r},"))
     command = [str(folder / "roll.py"), "--workdir", str(folder / "run"), "--json", str(folder / "figures.json")]
     assert train.main(command) == 0
     return folder, command
@@ -68,15 +69,42 @@ def test_figures_of_all_seeds(finished):
     assert figures["gap_bits"] == pytest.approx(figures["true_bits"] - figures["k_bits"])
     assert figures["gain_bits"] == pytest.approx(figures["k_bits"] - figures["null_bits"])
     assert figures["k_bits"] < figures["true_bits"]
-    (beats,) = figures["beside"].values()
-    assert beats["null_bits"] == -20
-    assert beats["true_bits"] == pytest.approx(math.log2(1 / 5))
-    assert beats["k_bits"] < beats["true_bits"]
+    (other,) = figures["beside"].values()
+    for shared in ("noise", "true_bits", "null_bits", "num_seeds"):
+        assert other[shared] == figures[shared]
+    assert other["k_bits"] != figures["k_bits"]
+
+
+def test_the_heartbeat_and_what_is_known_of_it(tmp_path):
+    (tmp_path / "beats.py").write_text(BEATS)
+    command = [str(tmp_path / "beats.py"), "--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "f.json")]
+    assert train.main(command) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["null_bits"] == -20
+    assert figures["true_bits"] == pytest.approx(math.log2(1 / 5))
+    assert figures["k_bits"] < figures["true_bits"]
+    assert (tmp_path / "run/beats_seed_0/trajectories.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("roll.py", "beside must name other experiments than those already run"),
+        ("beats.py", "beside must name experiments on the same kind of data, SwissRollConfig, got"),
+        ("nothing.py", "no config"),
+    ],
+)
+def test_what_cannot_stand_beside_an_experiment(tmp_path, capsys, beside, message):
+    (tmp_path / "beats.py").write_text(BEATS)
+    (tmp_path / "roll.py").write_text(ROLL.replace("{beside}", f"{str(tmp_path / beside)!r},"))
+    assert train.main([str(tmp_path / "roll.py"), "--workdir", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures(finished):
     folder, _ = finished
-    for name in ("roll_seed_0/trajectories.png", "roll_seed_1/bound.png", "beats_seed_0/trajectories.png"):
+    for name in ("roll_seed_0/trajectories.png", "roll_seed_1/bound.png", "other_seed_1/trajectories.png"):
         with Image.open(io.BytesIO((folder / "run" / name).read_bytes())) as image:
             assert min(image.size) > 200
 
@@ -87,7 +115,7 @@ def test_a_finished_run_is_reported_again_and_says_the_same(finished, capsys):
     assert train.main(command) == 0
     assert (folder / "figures.json").read_text() == before
     shown = capsys.readouterr().out
-    assert shown.count("already finished") == 3
+    assert shown.count("already finished") == 4
     assert "k_bits" in shown and "gap_bits" in shown
 
 

@@ -10,7 +10,15 @@ import pytest
 from tiny_run import assert_same_runs
 
 from sora_jax.array_types import Array
-from sora_jax.config import HeartbeatConfig, OptimizerConfig, StillsConfig, SwissRollConfig, from_json, to_json
+from sora_jax.config import (
+    DeadLeavesConfig,
+    HeartbeatConfig,
+    OptimizerConfig,
+    StillsConfig,
+    SwissRollConfig,
+    from_json,
+    to_json,
+)
 from sora_jax.data.examples import ExampleBatches, example_source
 from sora_jax.diffusion.gaussian import discrete_levels
 from sora_jax.models.mlp import MLPConfig
@@ -133,7 +141,7 @@ def test_learned_betas_begin_as_the_schedule_and_keep_the_first():
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 def test_hybrid_gives_the_mean_no_gradient_of_the_bound(prediction):
     """The weights of what is predicted get the gradient of the simple loss alone; only the variance's see the bound."""
-    process = dataclasses.replace(ROLL.process, loss="hybrid", discrete=True, prediction=prediction)
+    process = dataclasses.replace(ROLL.process, loss="hybrid", prediction=prediction)
     task = GaussianTask(dataclasses.replace(ROLL, process=process))
     simple = GaussianTask(
         dataclasses.replace(
@@ -152,6 +160,15 @@ def test_hybrid_gives_the_mean_no_gradient_of_the_bound(prediction):
     )
     np.testing.assert_allclose(hybrid_gradient["kernel"][:, :2], simple_gradient["kernel"], rtol=1e-3, atol=1e-5)
     assert np.abs(hybrid_gradient["kernel"][:, 2:]).max() > 0
+
+
+def test_a_held_out_batch_is_spread_over_all_steps_whatever_is_accumulated():
+    optimizer = dataclasses.replace(ROLL.optimizer, accumulation_steps=4)
+    task, one = (GaussianTask(dataclasses.replace(ROLL, optimizer=o)) for o in (optimizer, ROLL.optimizer))
+    key, rows = jax.random.key(0), jnp.arange(8)
+    np.testing.assert_array_equal(task.draw(rows, key, 1000, False)[0], one.draw(rows, key, 1000, True)[0])
+    both = jnp.concatenate([task.draw(rows + 8 * n, key, 32, True)[0] for n in range(4)])
+    assert sorted(both.tolist()) == list(range(32))
 
 
 @pytest.mark.parametrize("config", [ROLL, BEATS], ids=["gaussian", "binomial"])
@@ -233,7 +250,32 @@ def test_config_round_trips_through_json(config):
         (lambda: BinomialConfig(num_levels=0), "num_levels must be at least 2, got 0"),
         (lambda: dataclasses.replace(ROLL, sample_every=5), "sample_every must be 0 for what is not an image, got 5"),
         (lambda: dataclasses.replace(ROLL, num_seeds=0), "num_seeds must be at least 1, got 0"),
-        (lambda: dataclasses.replace(BEATS, data=ROLL.data), "MLPConfig.in_channels must be the 2 of the data, got 20"),
+        (
+            lambda: dataclasses.replace(ROLL, model=dataclasses.replace(ROLL.model, in_channels=20)),
+            "MLPConfig.in_channels must be the 2 of the data, got 20",
+        ),
+        (
+            lambda: dataclasses.replace(ROLL, process=dataclasses.replace(ROLL.process, discrete=True)),
+            "process.discrete must be true for 8-bit stills and false for all else, got True for SwissRollConfig",
+        ),
+        (lambda: dataclasses.replace(ROLL, model=DIGITS.model), "RBFConfig or MLPConfig for vectors, got UNetConfig"),
+        (
+            lambda: dataclasses.replace(
+                DIGITS,
+                data=StillsConfig(size=5),
+                model=dataclasses.replace(DIGITS.model, multipliers=(1, 2)),
+            ),
+            "StillsConfig.size must be a multiple of the network's 2, got 5",
+        ),
+        (
+            lambda: dataclasses.replace(ROLL, data=SwissRollConfig(eval_splits=("train",))),
+            "eval_splits must be without the split trained on",
+        ),
+        (lambda: dataclasses.replace(ROLL, data=SwissRollConfig(eval_splits=())), "eval_splits must be at least one"),
+        (lambda: dataclasses.replace(ROLL, seed=-1), "seed must be at least 0, got -1"),
+        (lambda: SwissRollConfig(noise=1e-9), "noise must be at least 1e-4 and below 1"),
+        (lambda: DeadLeavesConfig(num_images=256), "num_images must be more than an image's 256 pixels"),
+        (lambda: GaussianConfig(log_snr_range=(-8, 60)), "log_snr_range must be"),
         (
             lambda: dataclasses.replace(ROLL, model=dataclasses.replace(ROLL.model, out_channels=2)),
             "MLPConfig.out_channels must be 4 for such data and such a variance, got 2",

@@ -74,7 +74,7 @@ class GaussianConfig:
     def __post_init__(self) -> None:
         check(self.num_levels >= 2, self, "num_levels", "at least 2")
         low, high = self.log_snr_range
-        check(low < high, self, "log_snr_range", "(lowest, highest) with lowest < highest")
+        check(-30 <= low < high <= 30, self, "log_snr_range", "(lowest, highest) with -30 <= lowest < highest <= 30")
         learns = self.variance == "learned"
         check(learns or self.loss != "hybrid", self, "loss", "simple or bound where variance is not learned")
         check(not learns or self.loss != "simple", self, "loss", "hybrid or bound where variance is learned")
@@ -139,6 +139,28 @@ class DiffusionConfig(ExperimentConfig):
         for field in ("num_seeds", "num_held_out", "num_draws", "num_samples"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(len(self.data.eval_splits) >= 1, self.data, "eval_splits", "at least one; the first is what is scored")
+        check(self.data.split not in self.data.eval_splits, self.data, "eval_splits", "without the split trained on")
+        if isinstance(self.data, HeartbeatConfig) != isinstance(self.process, BinomialConfig):
+            raise ValueError(
+                f"process must be a BinomialConfig for bits and a GaussianConfig for numbers, got a "
+                f"{type(self.process).__name__} for {type(self.data).__name__}."
+            )
+        self._check_network()
+        discrete = isinstance(self.process, GaussianConfig) and self.process.discrete
+        if discrete != isinstance(self.data, StillsConfig):
+            works = "true for 8-bit stills and false for all else"
+            raise ValueError(f"process.discrete must be {works}, got {discrete} for {type(self.data).__name__}.")
+
+    def _check_network(self) -> None:
+        """Raises ValueError where the network does not suit the data or the process."""
+        images = len(self.data.shape) == 3
+        if images != isinstance(self.model, MultiscaleConfig | UNetConfig):
+            works = "MultiscaleConfig or UNetConfig for images, RBFConfig or MLPConfig for vectors"
+            kinds = f"{type(self.model).__name__} for {type(self.data).__name__}"
+            raise ValueError(f"model must be a {works}, got {kinds}.")
+        multiple = self.model.size_multiple if images else 1
+        if images:
+            check(self.data.size % multiple == 0, self.data, "size", f"a multiple of the network's {multiple}")
         channels = self.data.shape[-1]
         learns = isinstance(self.process, GaussianConfig) and self.process.variance == "learned"
         check(self.model.in_channels == channels, self.model, "in_channels", f"the {channels} of the data")
@@ -147,11 +169,6 @@ class DiffusionConfig(ExperimentConfig):
         steps = self.process.num_levels
         told = getattr(self.model, "num_steps", steps)  # of networks that know how many there are
         check(told == steps, self.model, "num_steps", f"the {steps} of process.num_levels")
-        if isinstance(self.data, HeartbeatConfig) != isinstance(self.process, BinomialConfig):
-            raise ValueError(
-                f"process must be a BinomialConfig for bits and a GaussianConfig for numbers, got a "
-                f"{type(self.process).__name__} for {type(self.data).__name__}."
-            )
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
@@ -205,10 +222,13 @@ class DiffusionTask:
         rngs = None if dropout is None else {"dropout": dropout}
         return self.network.apply({"params": params["network"]}, x, steps, deterministic=dropout is None, rngs=rngs)
 
-    def draw(self, rows: Array, key: jax.Array, num_steps: int) -> tuple[Array, jax.Array, jax.Array]:
-        """Returns what the rows of a batch draw: steps (B,), a key for each row (B,), and one for all."""
+    def draw(self, rows: Array, key: jax.Array, num_steps: int, training: bool) -> tuple[Array, jax.Array, jax.Array]:
+        """Returns what the rows of a batch draw: steps (B,), a key for each row (B,), and one for all.
+
+        Steps are spread over all rows that share the key: those of an update in training, else those of the batch.
+        """
         shared, own = jax.random.split(key)
-        total = self.config.optimizer.accumulation_steps * self.config.data.batch_size
+        total = len(rows) * (self.config.optimizer.accumulation_steps if training else 1)
         steps = spread_steps(shared, rows, total, num_steps)
         keys = jax.vmap(lambda row: jax.random.fold_in(own, row))(rows)
         return steps, keys, jax.random.fold_in(shared, rows[0])
@@ -259,7 +279,7 @@ class GaussianTask(DiffusionTask):
     def loss(self, params: PyTree, batch: Array, rows: Int[Array, " rows"], key: jax.Array, training: bool) -> Loss:
         """Returns equation 2, 3 or 4."""
         process = self.config.process
-        steps, keys, shared = self.draw(rows, key, process.num_levels)
+        steps, keys, shared = self.draw(rows, key, process.num_levels, training)
         noise = jax.vmap(lambda key: jax.random.normal(key, batch.shape[1:]))(keys)
         levels = self.levels(params)
         index = process.num_levels - 1 - steps
@@ -307,9 +327,9 @@ class BinomialTask(DiffusionTask):
         return lambda x, step: self.apply(params, x, step, dropout)
 
     def loss(self, params: PyTree, batch: Array, rows: Int[Array, " rows"], key: jax.Array, training: bool) -> Loss:
-        """Returns equation 4 (whose L_T the network cannot change)."""
+        """Returns equation 4 without L_T, which the network cannot change (and which is 0 where the last beta is 1)."""
         num_steps = len(self._betas)
-        steps, keys, shared = self.draw(rows, key, num_steps)
+        steps, keys, shared = self.draw(rows, key, num_steps, training)
         network = self.network_of(params, shared if training else None)
 
         def one(x0: Array, key: jax.Array, step: Array) -> Array:
