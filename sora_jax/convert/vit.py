@@ -58,6 +58,15 @@ _TORCH_LAYERS = {
     "mlp.mlp.fc2": "output.dense",
 }
 _BLOCKS = "encoder.blocks."
+# What transformers 5 calls a layer's parts in memory; its files, like those of version 4, have the older names.
+_NEW_NAMES = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 
 
 class Source(NamedTuple):
@@ -246,7 +255,7 @@ def torch_sources(
 
     Args:
         shapes: of our parameters by flat names.
-        kernel: (P, P) or (t, P, P, ): sides of the kernel of the patch embedding.
+        kernel: (P, P) or (t, P, P), sides of the kernel of the patch embedding.
         depth: number of blocks.
         prefix: `vit.` or `vivit.`, which all names but the head's have.
     """
@@ -333,7 +342,8 @@ def read_torch_model(source: epath.Path, kind: str) -> tuple[dict[str, Any], dic
         kind: what errors call the model.
 
     Returns:
-        The options of its config, its tensors, and the file that they were in.
+        The options of its config, its tensors by the names that files have (a state dict saved from transformers 5
+        has others), and the file that they were in.
 
     Raises:
         FileNotFoundError: weights or config that are missing.
@@ -359,7 +369,15 @@ def read_torch_model(source: epath.Path, kind: str) -> tuple[dict[str, Any], dic
         state = read_state_dict(weights) if weights.suffix == ".bin" else read_tensors(weights)
     except ValueError as error:
         raise ValueError(f"{weights} cannot be converted: {error}") from error
-    return values, state, weights
+    return values, {_file_name(name): value for name, value in state.items()}, weights
+
+
+def _file_name(name: str) -> str:
+    """Returns the name in files of a tensor that may be called as in a state dict of transformers 5."""
+    if match := re.fullmatch(r"(\w+)\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        prefix, layer, part, leaf = match.groups()
+        return f"{prefix}.encoder.layer.{layer}.{_NEW_NAMES.get(part, part)}.{leaf}"
+    return name
 
 
 def _npz_sources(config: ViTConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:

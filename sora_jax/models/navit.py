@@ -81,8 +81,6 @@ class NaViTConfig:
         for field in ("width", "depth", "num_heads", "mlp_dim", "num_classes"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
-        kinds = ("absolute", "fractional", "both")
-        check(self.position_embedding in kinds, self, "position_embedding", f"one of {', '.join(kinds)}")
         check(len(self.max_grid) == 3 and min(self.max_grid) >= 1, self, "max_grid", "positive (t, y, x)")
         check(self.num_fractions >= 2, self, "num_fractions", "at least 2")
         check(self.norm_eps > 0, self, "norm_eps", "positive")

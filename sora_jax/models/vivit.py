@@ -168,7 +168,10 @@ def over_time(attention: AttentionFn, num_frames: int) -> AttentionFn:
 
 
 def over_space_and_time(attention: AttentionFn, num_frames: int) -> AttentionFn:
-    """Returns `over_space` for the first half of the heads beside `over_time` for the second (section 3.3, Model 4)."""
+    """Returns `over_space` for the first half of the heads beside `over_time` for the second (section 3.3, Model 4).
+
+    That is the order of the paper's equation; the authors' code has the halves the other way round.
+    """
     space, time = over_space(attention, num_frames), over_time(attention, num_frames)
 
     def attend(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> Array:

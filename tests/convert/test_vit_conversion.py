@@ -214,9 +214,22 @@ def test_round_trip_is_exact(options):
         np.testing.assert_array_equal(back[name], value)
 
 
-def test_both_layouts_are_one_network(tmp_path):
+@pytest.mark.parametrize("new_names", [False, True], ids=["files", "transformers-5"])
+def test_all_layouts_are_one_network(tmp_path, new_names):
     state = random_npz()
-    source = write_torch(tmp_path / "torch", VALUES, as_torch(state))
+    torch = as_torch(state)
+    if new_names:
+        for old, new in (
+            ("encoder.layer", "layers"),
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+        ):
+            torch = {name.replace(old, new): value for name, value in torch.items()}
+    source = write_torch(tmp_path / "torch", VALUES, torch)
     config, params = load_vit(write_files(tmp_path / "ours", convert_vit(source)))
     assert config == torch_config(VALUES, CLASSES)
     assert (config.norm_eps, config.exact_gelu, config.num_classes) == (0.05, True, CLASSES)
@@ -328,10 +341,9 @@ def test_vit_outputs_equal_transformers(size, act, peers, tmp_path):
     with torch.no_grad():
         theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).logits.numpy()
     model.save_pretrained(tmp_path / "safetensors")
-    tensors = safetensors.numpy.load_file(tmp_path / "safetensors" / "model.safetensors")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "config.json").write_bytes((tmp_path / "safetensors" / "config.json").read_bytes())
-    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, tmp_path / "bin" / "pytorch_model.bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     files = [convert_vit(tmp_path / name) for name in ("safetensors", "bin")]
     assert files[0] == files[1]
     ours, params = load_vit(write_files(tmp_path / "ours", files[0]))

@@ -95,7 +95,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_square_of_the_batch():
     assert temporary_bytes(2048, None) > matrix
     few, many, long = temporary_bytes(2048, 16), temporary_bytes(2048, 128), temporary_bytes(4096, 16)
     assert few < matrix / 16
-    assert many > 4 * few * 0.5
+    assert many > 2 * few
     assert many < matrix / 2
     assert long < 2.2 * few  # twice the batch: twice the memory, not four times
 
@@ -104,11 +104,13 @@ SHARDED = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
+from sora_jax.config import MeshConfig
+from sora_jax.parallel.mesh import make_mesh
 from sora_jax.training.contrastive import contrastive_loss
 
 u, v, present = (np.asarray(x) for x in json.load(sys.stdin))
 u, v = u.astype(np.float32), v.astype(np.float32)
-mesh = jax.make_mesh((2, 2), ("data", "fsdp"))
+mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices())
 axes = ("data", "fsdp")
 
 def local(u, v, present, scale):
