@@ -1,4 +1,15 @@
-"""DDPM on digits."""
+"""DDPM (arXiv:2006.11239) on handwritten digits: its U-Net, made small, with its successors' schedule and variance.
+
+    python experiments/prepare_data.py digits --output data
+    python experiments/train.py ddpm_digits --data.path data/digits/1.0.0 --json digits.json
+
+9,001 digits of 28x28 pixels on black squares of 32. Over 64 held-out ones (black margin included) 1.252 +- 0.027 bits
+a dimension, of which the last step, onto 8-bit values, takes 0.58. After 1000 of 4000 steps most samples are digits.
+35 minutes on two CPU cores that had other work to do, five of them for the bound and the pictures.
+
+The network predicts v, on the cosine schedule, with a learned variance (arXiv:2202.00512, arXiv:2102.09672). The
+paper's noise prediction and linear schedule left grey backgrounds in a training of 900 steps.
+"""
 
 from sora_jax.config import OptimizerConfig, StillsConfig
 from sora_jax.models.unet import UNetConfig

@@ -1,4 +1,15 @@
-"""Dead leaves."""
+"""Dead leaves of Sohl-Dickstein et al. 2015 (arXiv:1503.03585, section 3.2.3), by its multi-scale convolution.
+
+    python experiments/train.py dead_leaves --json dead_leaves.json
+
+Images of 16x16 pixels of discs that hide each other: radii r of density r^-3 between 2 and 16 pixels, grey levels
+uniform, and noise of standard deviation 0.05 on each pixel, where an image has variance 1. In bits a pixel of 256
+held-out images, mean of three seeds: K = 1.099 +- 0.019 (from seed to seed 0.002), against 0.980 of an autoregressive
+mixture (MCGSM) and -1.162 of a Gaussian, both fitted to the same 100,000 images; N(0, I) has -2.050. The paper: 1.489
+against 1.244 on leaves of its own. 22 minutes for all three seeds on two CPU cores that had other work to do.
+
+Beside samples it draws images whose middle is filled in, and noisy ones cleaned, by the reverse chain times r(x).
+"""
 
 from sora_jax.config import DeadLeavesConfig, OptimizerConfig
 from sora_jax.models.multiscale import MultiscaleConfig

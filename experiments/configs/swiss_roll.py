@@ -1,4 +1,16 @@
-"""The Swiss roll of Sohl-Dickstein et al. 2015."""
+"""The Swiss roll of Sohl-Dickstein et al. 2015 (arXiv:1503.03585, section 3.1.1), its network beside a larger one.
+
+    python experiments/train.py swiss_roll --json swiss_roll.json
+
+The paper does not say how much noise its roll has, and less of it allows a higher K. Here each coordinate has unit
+variance and the noise a standard deviation of 0.0025: the exact log-likelihood is 2.942 bits a point, of the 4000 held
+out. Mean of three seeds: @ROLL@.
+The paper has K = 2.35, 6.45 above that of N(0, I), with T = 40 and the network of `swiss_roll_rbf`, run beside it.
+@ROLLT@ for all six runs on two CPU cores.
+
+T is 1000, evenly spaced in log SNR, where the squared error of the noise is the bound but for a constant. The reverse
+variance is beta: along the roll, where data has width, that is the true one.
+"""
 
 from sora_jax.config import OptimizerConfig, SwissRollConfig
 from sora_jax.models.mlp import MLPConfig

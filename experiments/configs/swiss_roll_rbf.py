@@ -1,4 +1,13 @@
-"""Swiss roll, RBF."""
+"""The Swiss roll with the network of Sohl-Dickstein et al. 2015 (arXiv:1503.03585, appendix D.1.1) and its T = 40.
+
+    python experiments/train.py swiss_roll_rbf --json swiss_roll_rbf.json
+
+Sixteen radial basis functions for all steps, a readout for each; a learned diagonal variance; learned betas but for the
+first. `swiss_roll` runs it beside a larger network and says what the data is. Mean of three seeds: @RBF@.
+It draws a roll with a few points astray, but cannot place a point to within the roll's noise of 0.0025.
+
+Of what it may predict, x_0 is best: what an RBF network can say is an average of a few places.
+"""
 
 from sora_jax.config import OptimizerConfig, SwissRollConfig
 from sora_jax.models.mlp import RBFConfig

@@ -224,6 +224,52 @@ class NaViT(nn.Module):
         return NaViTOutput(*(jnp.where(present[..., None], y, 0) for y in (features, logits)), present)
 
 
+class ContrastiveHead(nn.Module):
+    """Embeds images and their captions in one space (CLIP, arXiv:2103.00020, section 2.3).
+
+    Captions are token states of a frozen encoder; their mean over a segment is projected, as a pooled image is. The
+    scale starts at 1 / 0.07 and stays below 100 (section 2.5).
+
+    Attributes:
+        embedding_dim: E.
+    """
+
+    embedding_dim: int
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Float[Array, "batch segments width"],
+        text: Float[Array, "batch text_length text_dim"],
+        text_segment_ids: Int[Array, "batch text_length"],
+    ) -> tuple[Float[Array, "batch segments dim"], Float[Array, "batch segments dim"], Float[Array, ""]]:
+        """Returns what `sora_jax.training.contrastive.contrastive_loss` takes.
+
+        Args:
+            features: (B, K, D), of `NaViTOutput`.
+            text: (B, M, text_dim), caption tokens.
+            text_segment_ids: (B, M), the segment of each caption token, 0 for padding.
+
+        Returns:
+            Embeddings of images and of captions, (B, K, E) float32 each, of length 1 or zero where there is nothing,
+            and the scale of the logits.
+        """
+        members = segment_one_hot(text_segment_ids, features.shape[1])  # (B, M, K)
+        # A sum: at length 1 it is the mean.
+        captions = jnp.einsum("bmk,bmd->bkd", members, text, precision="highest")  # (B, K, text_dim)
+        axes = ("width", "heads_width")
+        image = dense(self.embedding_dim, axes, name="image_projection", dtype="float32", bias=False)(features)
+        axes = ("text", "heads_width")
+        captions = dense(self.embedding_dim, axes, name="text_projection", dtype="float32", bias=False)(captions)
+        log_scale = self.param("log_scale", nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
+        return _unit(image), _unit(captions), jnp.exp(jnp.minimum(log_scale, math.log(100)))
+
+
+def _unit(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """Returns vectors scaled to length 1; zero stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-12))
+
+
 def table_lookup(
     table: Float[Array, "rows width"], index: Float[Array, "batch length"]
 ) -> Float[Array, "batch length width"]:

@@ -49,12 +49,10 @@ def contrastive_loss(
     width = image.shape[-1]
     u, v = (x.reshape(-1, width).astype(jnp.float32) for x in (logit_scale * image, text))  # (N, E)
     mask = present.reshape(-1)
-    u, v = (jnp.where(mask[:, None], x, 0) for x in (u, v))
     all_u, all_v, all_mask = (u, v, mask) if axis_name is None else lax.all_gather((u, v, mask), axis_name, tiled=True)
     loss = _log_sum_exp(u, all_v, all_mask, chunk) + _log_sum_exp(v, all_u, all_mask, chunk) - 2 * (u * v).sum(axis=-1)
     total, count = jnp.where(mask, loss, 0).sum() / 2, mask.sum()
-    if axis_name is not None:
-        total, count = lax.psum((total, count), axis_name)
+    total, count = (total, count) if axis_name is None else lax.psum((total, count), axis_name)
     return total / jnp.maximum(count, 1)
 
 

@@ -6,7 +6,9 @@ from scipy import integrate, stats
 
 from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian, fit_mcgsm, neighbourhoods
 
-CONFIG = MCGSMConfig(radius=1, num_components=2, num_scales=2, num_features=2, num_steps=400, batch_size=32)
+CONFIG = MCGSMConfig(
+    radius=1, num_components=2, num_scales=2, num_features=2, learning_rate=1e-2, num_steps=400, batch_size=32
+)
 
 
 def test_a_fitted_gaussian_has_the_density_of_the_true_one():

@@ -18,6 +18,8 @@ from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian
 from sora_jax.models.mlp import MLPConfig
 from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig, GaussianConfig
 
+pytestmark = pytest.mark.slow
+
 ROLL = """
 from sora_jax.config import OptimizerConfig, SwissRollConfig
 from sora_jax.models.mlp import MLPConfig
@@ -134,7 +136,6 @@ def config():
 """
 
 
-@pytest.mark.slow
 def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
     monkeypatch.setattr("setups.diffusion.MCGSMConfig", functools.partial(MCGSMConfig, num_steps=3, radius=1))
     data = "DeadLeavesConfig(batch_size=4, size=4, num_images=50)"
@@ -158,7 +159,6 @@ def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
     assert (filled[16:48, 16:48] != original[16:48, 16:48]).any()
 
 
-@pytest.mark.slow
 def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(9, 4, 4, 1)).astype(np.uint8)
     monkeypatch.setattr("sora_jax.data.examples.load_images", lambda *_: (pixels, []))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,21 @@ from flax.core import meta
 
 from sora_jax.config import PatchConfig
 from sora_jax.models import navit
-from sora_jax.models.navit import NaViT, NaViTConfig, abstract_params, check_positions, init_params, param_count
+from sora_jax.models.navit import (
+    ContrastiveHead,
+    NaViT,
+    NaViTConfig,
+    abstract_params,
+    check_positions,
+    init_params,
+    param_count,
+)
 from sora_jax.parallel.rules import partition_spec
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row
+from sora_jax.patches.token_drop import kept_tokens
+
+pytestmark = pytest.mark.slow
 
 PATCH_DIM, LENGTH, SEGMENTS = 5, 40, 4
 CONFIG = NaViTConfig(
@@ -112,6 +124,22 @@ def test_packed_gradients_equal_the_sum_of_those_alone(name):
         np.testing.assert_allclose(ours / scale, summed / scale, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(compare, by_params, total)
+
+
+def test_packed_equals_alone_with_tokens_dropped():
+    """Each image loses tokens by a rate of its own; what is left is packed."""
+    rng = np.random.default_rng(0)
+    kept = [kept_tokens(rng, math.prod(grid), rate) for grid, rate in zip(GRIDS, (0.5, 0.2, 0.7, 0.0), strict=True)]
+    assert [len(k) for k in kept] == [6, 4, 4, 1]
+    images = [image(seed, grid, k) for seed, (grid, k) in enumerate(zip(GRIDS, kept, strict=True))]
+    whole, out = (forward("both", PARAMS["both"], packed(i, poison=50.0)) for i in (IMAGES, images))
+    for index, each in enumerate(images):
+        alone = forward("both", PARAMS["both"], packed([each]))
+        np.testing.assert_allclose(out.features[0, index], alone.features[0, 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out.logits[0, index], alone.logits[0, 0], rtol=1e-5, atol=1e-5)
+    changed = np.abs(whole.features - out.features)[0].max(axis=-1)
+    assert (changed[:3] > 1e-3).all()
+    assert changed[3] < 1e-5
 
 
 def test_permuted_images_permute_outputs():
@@ -233,3 +261,34 @@ def test_parameters():
 def test_what_cannot_work_is_refused(change, match):
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_contrastive_head():
+    """Against NumPy, caption by caption; a segment without caption gets zeros."""
+    rng = np.random.default_rng(5)
+    features, text = rng.normal(size=(2, SEGMENTS, 12)), rng.normal(size=(2, 9, 7))
+    ids = np.array([[1, 1, 1, 2, 4, 4, 0, 0, 0], [2, 1, 2, 1, 2, 3, 3, 3, 0]])
+    text[ids == 0] = 1e4
+    head = ContrastiveHead(embedding_dim=6)
+    features, text = features.astype(np.float32), text.astype(np.float32)
+    params = meta.unbox(head.init(jax.random.key(0), features, text, ids)["params"])
+    image_embedding, text_embedding, scale = head.apply({"params": params}, features, text, ids)
+    assert scale == pytest.approx(1 / 0.07, rel=1e-5)
+    for row, k in np.ndindex(2, SEGMENTS):
+        want = features[row, k] @ params["image_projection"]["kernel"]
+        np.testing.assert_allclose(image_embedding[row, k], want / np.linalg.norm(want), rtol=1e-4, atol=1e-5)
+        if (row, k) in ((0, 2), (1, 3)):
+            assert not np.asarray(text_embedding[row, k]).any()
+        else:
+            want = text[row, ids[row] == k + 1].mean(axis=0) @ params["text_projection"]["kernel"]
+            np.testing.assert_allclose(text_embedding[row, k], want / np.linalg.norm(want), rtol=1e-4, atol=1e-5)
+    _, _, scale = head.apply({"params": params | {"log_scale": jnp.float32(9.0)}}, features, text, ids)
+    assert scale == pytest.approx(100, rel=1e-5)
+
+    def total(features, text):
+        return sum(x.sum() for x in head.apply({"params": params}, features, text, ids))
+
+    by_features, by_text = jax.grad(total, argnums=(0, 1))(0 * features, text)
+    assert np.isfinite(by_features).all()
+    assert np.isfinite(by_text).all()
+    assert not np.asarray(by_text)[ids == 0].any()

@@ -26,6 +26,8 @@ from sora_jax.models.weights import flat_names
 from sora_jax.patches.patchify import patchify
 from sora_jax.training.flops import count_flops
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(width=16, depth=2, num_heads=2, mlp_dim=24, num_classes=0)
 CONFIGS = {
     model: ViViTConfig(

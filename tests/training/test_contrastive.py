@@ -13,6 +13,8 @@ import scipy.special
 
 from sora_jax.training.contrastive import classification_loss, contrastive_loss
 
+pytestmark = pytest.mark.slow
+
 ROWS, SEGMENTS, WIDTH = 4, 3, 5
 PRESENT = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)
 
