@@ -3,8 +3,8 @@
     python experiments/train.py heartbeat --json heartbeat.json
 
 Twenty bits, a one in every fifth bin, at one of five phases. The paper's K is -2.414 bits a sequence at T = 2000, the
-limit log2(1/5) = -2.322. Here, mean of three seeds, all five sequences counted alike: @HB@.
-@HBT@ for all three on two CPU cores.
+limit log2(1/5) = -2.322. Here, mean of three seeds, all five sequences counted alike: -2.336 +- 0.001.
+Two and a half minutes for all three on two busy CPU cores.
 
 The network gives the logits of x_0 instead of the paper's of x_{t-1}.
 """

@@ -4,9 +4,9 @@
 
 The paper does not say how much noise its roll has, and less of it allows a higher K. Here each coordinate has unit
 variance and the noise a standard deviation of 0.0025: the exact log-likelihood is 2.942 bits a point, of the 4000 held
-out. Mean of three seeds: @ROLL@.
+out. Mean of three seeds: K = 2.801 +- 0.028, 0.141 +- 0.023 below it and 6.892 above N(0, I).
 The paper has K = 2.35, 6.45 above that of N(0, I), with T = 40 and the network of `swiss_roll_rbf`, run beside it.
-@ROLLT@ for all six runs on two CPU cores.
+Eight minutes for all six runs on two busy CPU cores.
 
 T is 1000, evenly spaced in log SNR, where the squared error of the noise is the bound but for a constant. The reverse
 variance is beta: along the roll, where data has width, that is the true one.

@@ -3,7 +3,7 @@
     python experiments/train.py swiss_roll_rbf --json swiss_roll_rbf.json
 
 Sixteen radial basis functions for all steps, a readout for each; a learned diagonal variance; learned betas but for the
-first. `swiss_roll` runs it beside a larger network and says what the data is. Mean of three seeds: @RBF@.
+first. `swiss_roll` runs it beside a larger network and says what the data is. Mean of three seeds: K = 0.51 +- 0.05.
 It draws a roll with a few points astray, but cannot place a point to within the roll's noise of 0.0025.
 
 Of what it may predict, x_0 is best: what an RBF network can say is an average of a few places.
