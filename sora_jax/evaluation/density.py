@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm.auto import tqdm
 
 from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
@@ -123,7 +124,7 @@ class MCGSM:
 
 
 def fit_mcgsm(images: Float[np.ndarray, "count height width 1"], config: MCGSMConfig, seed: int = 0) -> MCGSM:
-    """Returns an MCGSM fitted by maximum likelihood: Adam on random batches of images.
+    """Returns an MCGSM fitted by maximum likelihood: Adam on random batches of images. Shows its progress.
 
     Args:
         images: (N, H, W, 1) float32.
@@ -159,7 +160,7 @@ def fit_mcgsm(images: Float[np.ndarray, "count height width 1"], config: MCGSMCo
         return optax.apply_updates(params, change), state
 
     state = optimizer.init(params)
-    for _ in range(config.num_steps):
+    for _ in tqdm(range(config.num_steps), desc="fitting the MCGSM", unit="update"):
         batch = images[rng.integers(0, len(images), config.batch_size)]
         params, state = update(params, state, batch)
     return MCGSM(config, whitening, jax.device_get(params))
