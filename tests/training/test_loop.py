@@ -105,6 +105,16 @@ def test_a_finished_run_says_so_and_may_grow(straight, tmp_path):
     assert sorted(lines(workdir, "loss")) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_finished_run_whose_last_checkpoint_was_removed_goes_on_from_what_is_left(straight, tmp_path):
+    config, reference = straight
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / FOLDER / "6")
+    assert (workdir / "DONE").exists()
+    assert train(config, workdir, tiny_run.opener(config)) is Outcome.FINISHED
+    assert_same_runs(workdir, reference, config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
