@@ -33,7 +33,7 @@ import tyro
 from etils import epath
 from setups.sora import SoraSetup
 
-from sora_jax.config import ExperimentConfig, SoraConfig
+from sora_jax.config import ExperimentConfig, PackedDataConfig, SoraConfig, StudyConfig
 from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.parallel.mesh import MESH_AXES, check_batch_size, mesh_shape
 from sora_jax.parallel.rules import param_shardings
@@ -158,7 +158,7 @@ def dry_run(arguments: Arguments) -> int:
     from sora_jax.training.tasks.make import make_task
 
     config = arguments.config
-    packed = isinstance(config, SoraConfig)
+    packed = isinstance(config.data, PackedDataConfig)
     if packed:  # the kernel changes neither parameters nor their split, and may need the devices it is made for
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     num_devices = jax.device_count()
@@ -205,56 +205,110 @@ def join_hosts() -> None:
         ) from error
 
 
+def setup_module(config: ExperimentConfig) -> Any:
+    """Returns the module with the setup of this kind of experiment, and how it stands beside others."""
+    from sora_jax.training.tasks.recognition import RecognitionConfig
+
+    if isinstance(config, RecognitionConfig):
+        from setups import recognition
+
+        return recognition
+    from setups import diffusion
+
+    return diffusion
+
+
 def make_setup(config: ExperimentConfig, workdir: epath.Path, console: rich.console.Console) -> SoraSetup | Any:
     """Returns what a run of this kind of experiment needs."""
     if isinstance(config, SoraConfig):
         return SoraSetup(config, workdir, console)
-    from setups.diffusion import DiffusionSetup
-
-    return DiffusionSetup(config, workdir, console)
+    return setup_module(config).Setup(config, workdir, console)
 
 
 def run(arguments: Arguments) -> int:
     """Trains, and reports where the experiment has a report; returns the exit code."""
     if arguments.multihost:
         join_hosts()
-    from sora_jax.training.loop import Outcome
-
     console = rich.console.Console(stderr=True)
     config, workdir = arguments.config, epath.Path(arguments.workdir)
-    if isinstance(config, SoraConfig):
-        train_one(config, workdir, arguments.init_from, console)
-        return 0
-    from setups.diffusion import beside, mean_over_seeds, report_table
+    if isinstance(config, StudyConfig):
+        return run_study(arguments, console)
+    train_one(config, workdir, arguments.init_from, console)
+    return 0
 
+
+def run_study(arguments: Arguments, console: rich.console.Console) -> int:
+    """Trains every seed of an experiment, and of those beside it, and reports on all; returns the exit code."""
+    from setups.study import mean_over_seeds, report_table
+
+    config, workdir = arguments.config, epath.Path(arguments.workdir)
+    module = setup_module(config)
     configs = {arguments.name: config}
     for name in config.beside:
         if pathlib.Path(name).stem in {pathlib.Path(other).stem for other in configs}:
             raise ValueError(f"beside must name other experiments than those already run, got {name!r}.")
-        configs[name] = beside(config, load_config(name, type(config)), name)
+        configs[name] = module.beside(config, load_config(name, type(config)), name)
     for name, experiment in configs.items():
-        runs = f"{name}: {experiment.num_seeds} x {experiment.num_steps:,} steps"
+        count = experiment.num_seeds + max(len(getattr(experiment, "learning_rates", ())) - 1, 0)
+        runs = f"{name}: {count} x {experiment.num_steps:,} steps"
         console.print(runs if name == arguments.name else f"{runs}, beside it", highlight=False)
     means = {}
     for name, experiment in configs.items():
-        reports = []
-        for seed in range(experiment.seed, experiment.seed + experiment.num_seeds):
-            directory = workdir / f"{pathlib.Path(name).stem}_seed_{seed}"
-            seeded = dataclasses.replace(experiment, seed=seed)
-            init_from = arguments.init_from if name == arguments.name else None
-            setup, outcome = train_one(seeded, directory, init_from, console)
-            if outcome is Outcome.PREEMPTED:
-                return 0
-            if jax.process_index() == 0:
-                reports.append(setup.report())
-        means[name] = mean_over_seeds(reports) if reports else {}
+        setups = run_seeds(name, experiment, workdir, arguments.init_from if name == arguments.name else None, console)
+        if setups is None:
+            return 0
+        if jax.process_index() == 0:
+            reports = [setup.report() for setup in setups]
+            means[name] = mean_over_seeds(reports, *setups[0].headline)
     if jax.process_index() > 0:
         return 0
-    rich.console.Console().print(report_table(means))
+    module.compare(means, workdir)
+    rich.console.Console().print(report_table(means, setups[0].unit))
+    console.print(f"figures and pictures: {workdir}", highlight=False, soft_wrap=True)
     figures = means.pop(arguments.name) | {"beside": means}
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(figures, indent=2) + "\n").encode())
     return 0
+
+
+def run_seeds(
+    name: str, config: StudyConfig, workdir: epath.Path, init_from: str | None, console: rich.console.Console
+) -> list[Any] | None:
+    """Trains the seeds of one experiment, after the best of its learning rates was found with the first.
+
+    Returns:
+        The setup of each seed's finished run; None after a preemption.
+    """
+    from sora_jax.training.loop import Outcome
+
+    stem = pathlib.Path(name).stem
+
+    def train_seed(config: StudyConfig, rate: float | None, seed: int) -> Any | None:
+        middle = "" if rate is None else f"_rate_{rate:g}"
+        directory = workdir / f"{stem}{middle}_seed_{seed}"
+        if rate is not None:
+            config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+        setup, outcome = train_one(dataclasses.replace(config, seed=seed), directory, init_from, console)
+        return None if outcome is Outcome.PREEMPTED else setup
+
+    best = None
+    rates = getattr(config, "learning_rates", ())
+    if rates:
+        scores = {}
+        for rate in rates:
+            setup = train_seed(config, rate, config.seed)
+            if setup is None:
+                return None
+            scores[rate] = setup.selection_score()
+            console.print(f"{stem}, learning rate {rate:g}: {scores[rate]:.4f}", highlight=False)
+        best = max(scores, key=scores.get)
+    setups = []
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        setup = train_seed(config, best, seed)
+        if setup is None:
+            return None
+        setups.append(setup)
+    return setups
 
 
 def train_one(

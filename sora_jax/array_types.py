@@ -38,6 +38,9 @@ class PackedBatch(NamedTuple):
         text: (B, M, D) float32, token states of the captions.
         text_segment_ids: (B, M) int32, the segment that each caption token belongs to, 0 for padding.
         clip_ids: (B, K) int32, index of each segment's clip in its data set, -1 where there is none.
+        labels: (B, K) int32, class of each segment, -1 where it has none.
+        extents: (B, K, 3) float32, one more than the largest positions of the whole clip, of which patches may have
+            been dropped; 0 where there is no segment.
     """
 
     patches: Float[Array, "batch length patch"]
@@ -48,3 +51,5 @@ class PackedBatch(NamedTuple):
     text: Float[Array, "batch text_length text_dim"]
     text_segment_ids: Int[Array, "batch text_length"]
     clip_ids: Int[Array, "batch segments"]
+    labels: Int[Array, "batch segments"]
+    extents: Float[Array, "batch segments 3"]

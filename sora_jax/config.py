@@ -118,19 +118,15 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(BatchConfig):
-    """Where clips come from, how they are sampled, and the rows they are packed into.
+class PackedDataConfig(BatchConfig):
+    """Where clips come from, and the rows they are packed into; how they are sampled is for a subclass to say.
 
     Attributes:
         path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
         max_clips: train on this many clips, chosen by `clip_seed` (None: all).
         clip_seed: chooses the `max_clips` clips.
-        num_frames: (fewest, most) frames of a sample, log-uniform.
-        fps: (lowest, highest) frames a second of a sample, log-uniform; the clip's own rate is never exceeded.
-        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept.
-        still_share: share of samples that are single frames.
         row_length: tokens of a packed row, L.
-        text_length: caption tokens of a row, M.
+        text_length: caption tokens of a row, M; 0 leaves the captions out.
         max_segments: most clips of a row, K.
         max_caption_tokens: longer captions are cut to this many tokens.
         num_bins: rows that the packer fills at once.
@@ -144,13 +140,8 @@ class DataConfig(BatchConfig):
     """
 
     path: str = ""
-    eval_splits: tuple[str, ...] = ("unseen", "compositional")
     max_clips: int | None = None
     clip_seed: int = 0
-    num_frames: tuple[int, int] = (1, 24)
-    fps: tuple[float, float] = (6.0, 12.0)
-    long_side: tuple[int, int] = (32, 96)
-    still_share: float = 0.2
     row_length: int = 1024
     text_length: int = 256
     max_segments: int = 32
@@ -167,23 +158,49 @@ class DataConfig(BatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
-        check_range(self, "num_frames", 1)
-        check_range(self, "fps", 1e-3)
-        check_range(self, "long_side", 1)
-        for field in ("still_share", "caption_dropout"):
-            check(0 <= getattr(self, field) <= 1, self, field, "between 0 and 1")
+        check(0 <= self.caption_dropout <= 1, self, "caption_dropout", "between 0 and 1")
         for field in ("row_length", "max_segments", "num_bins", "num_shards", "prefetch"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(self.num_workers >= 0, self, "num_workers", "at least 0")
         check(self.max_caption_tokens >= 2, self, "max_caption_tokens", "at least 2")
         check(
-            self.text_length >= self.max_caption_tokens,
+            self.text_length == 0 or self.text_length >= self.max_caption_tokens,
             self,
             "text_length",
-            f"at least max_caption_tokens ({self.max_caption_tokens})",
+            f"0 or at least max_caption_tokens ({self.max_caption_tokens})",
         )
         shards = self.num_shards
         check(self.batch_size % shards == 0, self, "batch_size", f"a multiple of num_shards ({shards})")
+
+    def for_evaluation(self: T) -> T:
+        """Returns how held-out data is sampled and read: with every caption, in the main process."""
+        return dataclasses.replace(self, caption_dropout=0.0, num_workers=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(PackedDataConfig):
+    """Clips of any duration, size and rate, as a generator is trained on them.
+
+    Attributes:
+        num_frames: (fewest, most) frames of a sample, log-uniform.
+        fps: (lowest, highest) frames a second of a sample, log-uniform; the clip's own rate is never exceeded.
+        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept.
+        still_share: share of samples that are single frames.
+    """
+
+    eval_splits: tuple[str, ...] = ("unseen", "compositional")
+    num_frames: tuple[int, int] = (1, 24)
+    fps: tuple[float, float] = (6.0, 12.0)
+    long_side: tuple[int, int] = (32, 96)
+    still_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.text_length >= 1, self, "text_length", f"at least max_caption_tokens ({self.max_caption_tokens})")
+        check_range(self, "num_frames", 1)
+        check_range(self, "fps", 1e-3)
+        check_range(self, "long_side", 1)
+        check(0 <= self.still_share <= 1, self, "still_share", "between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +433,23 @@ class ExperimentConfig:
             check(getattr(self, field) >= 1, self, field, "at least 1")
         for field in ("seed", "eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(ExperimentConfig):
+    """An experiment that ends with a report: means over a few seeds, beside those of other experiments.
+
+    Attributes:
+        num_seeds: runs, of the seeds `seed`, `seed` + 1 ...; figures are means over them.
+        beside: names of other such experiments that are run and reported with this one.
+    """
+
+    num_seeds: int = 1
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_seeds >= 1, self, "num_seeds", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

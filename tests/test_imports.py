@@ -18,7 +18,7 @@ ALLOWED = {
     "models": BASE | {"diffusion", "patches"},
     "data": BASE | {"patches"},
     "parallel": BASE | {"models"},
-    "training": BASE | {"diffusion", "patches", "models", "parallel"},
+    "training": BASE | {"data", "diffusion", "patches", "models", "parallel"},
     "generation": BASE | {"diffusion", "patches", "models", "parallel", "training"},
     "evaluation": BASE | {"diffusion", "patches", "models", "parallel"},
     "convert": BASE | {"models", "patches", "evaluation"},

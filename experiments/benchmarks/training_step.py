@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
-from setups.sora import attention_for, caption_table
+from setups.packed import attention_for, caption_table
 
 from sora_jax.array_types import Array, PackedBatch
 from sora_jax.config import SoraConfig
@@ -94,8 +94,10 @@ def with_data(config: SoraConfig, **changes: object) -> SoraConfig:
 
 
 def captions_of(config: SoraConfig, workdir: Path) -> CaptionTable:
-    """Returns the token states of the data set's captions; see `setups.sora.caption_table`."""
-    return caption_table(config, epath.Path(workdir), Console(stderr=True))
+    """Returns the token states of the data set's captions; see `setups.packed.caption_table`."""
+    data = config.data
+    splits = (data.split, *(data.eval_splits if config.eval_every else ()))
+    return caption_table(data, config.model.text_dim, splits, epath.Path(workdir), Console(stderr=True))
 
 
 def device_name() -> str:

@@ -6,17 +6,15 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 import rich.console
-import rich.table
 from etils import epath
 
 from setups import pictures
+from setups.study import Report
 from sora_jax.array_types import PyTree
 from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, StillsConfig, SwissRollConfig
 from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
@@ -33,8 +31,6 @@ from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
 HELD_OUT_SEED = 20_150_312  # of generated examples, which no run is trained on
 BATCH = 256  # examples that the bound is taken of at a time
 
-Report = dict[str, Any]
-
 
 class DiffusionSetup:
     """A run on examples of one shape.
@@ -47,12 +43,15 @@ class DiffusionSetup:
     Attributes:
         config: of the experiment.
         attention_for: None; these networks have no kernel that needs a mesh.
+        unit: of the report's figures.
+        headline: key and name of the figure that the report is about.
 
     Raises:
         ValueError: no data set at `config.data.path`, or too few held-out examples in it.
     """
 
     attention_for = None
+    unit, headline = "bits", ("k_bits", "k")
 
     def __init__(self, config: DiffusionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         self.config = config
@@ -98,7 +97,6 @@ class DiffusionSetup:
         write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
         for name, png in pictures.draw(self._task, params, estimate, held_out).items():
             write_whole(self._workdir / name, png)
-        self._console.print(f"figures and pictures: {self._workdir}", highlight=False, soft_wrap=True)
         return figures
 
 
@@ -124,6 +122,10 @@ def held_out_examples(config: DiffusionConfig) -> np.ndarray:
             f"num_held_out must be at most the {len(images)} images of {data.eval_splits[0]}, got {count}."
         )
     return images
+
+
+def compare(means: dict[str, Report], workdir: epath.Path) -> None:
+    """Does nothing: what stands side by side says it."""
 
 
 def beside(config: DiffusionConfig, other: DiffusionConfig, name: str) -> DiffusionConfig:
@@ -189,31 +191,4 @@ def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
     }
 
 
-def mean_over_seeds(reports: list[Report]) -> Report:
-    """Returns the means of the figures of several seeds; what is the same for all stays as it is.
-
-    `k_stderr` is the mean of the seeds' own, since these are taken over the same examples; `k_seed_std`, of two seeds
-    and more, is the standard deviation of K from seed to seed.
-    """
-    first = reports[0]
-    means = {
-        name: value
-        if all(report[name] == value for report in reports)
-        else np.mean([report[name] for report in reports], axis=0).tolist()
-        for name, value in first.items()
-    }
-    k = [report["k_bits"] for report in reports]
-    means |= {"num_seeds": len(k), "k_by_seed": k}
-    return means | ({"k_seed_std": float(np.std(k, ddof=1))} if len(k) > 1 else {})
-
-
-def report_table(means: dict[str, Report]) -> rich.table.Table:
-    """Returns the figures of experiments side by side; curves are left to their pictures."""
-    heads = [pathlib.Path(name).stem for name in means]
-    table = rich.table.Table("bits", *heads, title="means over seeds")
-    names = dict.fromkeys(name for figures in means.values() for name in figures)
-    for name in names:
-        cells = [figures.get(name, "") for figures in means.values()]
-        if not any(isinstance(cell, list | dict) for cell in cells):
-            table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells))
-    return table
+Setup = DiffusionSetup

@@ -14,16 +14,17 @@ import grain
 import numpy as np
 
 from sora_jax.array_types import NumpyArray, PackedBatch
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import DataConfig, PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.decode import UnreadableClipError, decode_frames
+from sora_jax.data.recognition import RecognitionDataConfig, draw_recognition_sample
 from sora_jax.data.sources import ClipSource
-from sora_jax.data.transforms import Sample, draw_sample, select_clips
-from sora_jax.patches.patchify import grid_shape, num_tokens, patchify
+from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, select_clips
+from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row
+from sora_jax.patches.token_drop import kept_tokens
 
-TOO_LARGE = "more patches than a row of data.row_length has"
 TOO_LONG_CAPTION = "caption of more tokens than data.text_length"
 MOST_MISSES = 10_000
 """Samples in a row that may be left out before an endless shard gives up."""
@@ -45,7 +46,7 @@ class Shard(Iterator[PackedBatch]):
 
     Args:
         source: the split's clips.
-        captions: token states of their captions.
+        captions: token states of their captions; None where `data.text_length` is 0.
         data: sampling, budgets and seed.
         patch: of the model.
         index: of the shard, 0 ... data.num_shards - 1; it has every num_shards-th clip.
@@ -63,8 +64,8 @@ class Shard(Iterator[PackedBatch]):
     def __init__(
         self,
         source: ClipSource,
-        captions: CaptionTable,
-        data: DataConfig,
+        captions: CaptionTable | None,
+        data: PackedDataConfig,
         patch: PatchConfig,
         index: int,
         repeat: bool,
@@ -76,8 +77,9 @@ class Shard(Iterator[PackedBatch]):
         self._misses = 0
         self._repeat = repeat
         clips = select_clips(len(source), max_clips, data.clip_seed)[index :: data.num_shards]
-        self._null_length = int(captions.lengths([""])[0])
-        self._caption_lengths = captions.lengths(source.metadata.captions)
+        if captions is not None:
+            self._null_length = int(captions.lengths([""])[0])
+            self._caption_lengths = captions.lengths(source.metadata.captions)
         self._rows: Any = None
         if len(clips):
             plans = grain.MapDataset.source(clips.tolist()).seed(data.seed * data.num_shards + index).shuffle()
@@ -88,11 +90,8 @@ class Shard(Iterator[PackedBatch]):
             self._rows = iter(
                 grain.experimental.BestFitPackIterDataset(
                     plans.to_iter_dataset(options),
-                    length_struct={
-                        "patches": data.row_length,
-                        "text": data.text_length,
-                        "sample": data.max_segments,
-                    },
+                    length_struct={"patches": data.row_length, "sample": data.max_segments}
+                    | ({"text": data.text_length} if captions is not None else {}),
                     num_packing_bins=data.num_bins,
                     seed=data.seed,
                 )
@@ -101,24 +100,22 @@ class Shard(Iterator[PackedBatch]):
     def plan(self, clip: int, rng: np.random.Generator) -> dict[str, NumpyArray] | None:
         """Draws a sample of a clip, as arrays whose lengths are what it needs of a row's budgets."""
         m = self._source.metadata
-        sample = draw_sample(
-            rng, clip, int(m.num_frames[clip]), float(m.fps[clip]), int(m.height[clip]), int(m.width[clip]),
-            self._data, self._patch,
-        )  # fmt: skip
-        if sample is None:
-            return self._leave_out(clip, TOO_LARGE)
-        text = self._null_length if sample.caption_dropped else int(self._caption_lengths[clip])
-        if text > self._data.text_length:
-            return self._leave_out(clip, TOO_LONG_CAPTION)
+        clip_of = (clip, int(m.num_frames[clip]), float(m.fps[clip]), int(m.height[clip]), int(m.width[clip]))
+        if isinstance(self._data, RecognitionDataConfig):
+            sample = draw_recognition_sample(rng, *clip_of, int(m.labels[clip]), self._data, self._patch)
+        else:
+            sample = draw_sample(rng, *clip_of, self._data, self._patch) or TOO_LARGE
+        if isinstance(sample, str):
+            return self._leave_out(clip, sample)
+        needs = {"patches": np.zeros(sample.num_tokens(self._patch), np.uint8), "sample": sample.to_row()[None]}
+        if self._captions is not None:
+            text = self._null_length if sample.caption_dropped else int(self._caption_lengths[clip])
+            if text > self._data.text_length:
+                return self._leave_out(clip, TOO_LONG_CAPTION)
+            needs["text"] = np.zeros(text, np.uint8)
         self._misses = 0
         self.num_reduced += sample.reduced
-        patches = num_tokens(sample.num_frames, sample.height, sample.width, self._patch.size)
-        numbers = (sample.clip, sample.start, sample.num_frames, sample.fps, sample.height, sample.width)
-        return {
-            "patches": np.zeros(patches, np.uint8),
-            "text": np.zeros(text, np.uint8),
-            "sample": np.array([[*numbers, sample.caption_dropped]], np.float64),
-        }
+        return needs
 
     def _leave_out(self, clip: int, reason: str) -> None:
         """Takes note of a sample that fits no row; raises ValueError where none ever does."""
@@ -133,10 +130,7 @@ class Shard(Iterator[PackedBatch]):
         if self._rows is None:
             raise StopIteration
         row = next(self._rows)
-        return [
-            Sample(int(clip), float(start), int(frames), float(fps), int(height), int(width), bool(dropped))
-            for clip, start, frames, fps, height, width, dropped in row["sample"][row["sample_segment_ids"] > 0]
-        ]
+        return [Sample.from_row(numbers) for numbers in row["sample"][row["sample_segment_ids"] > 0]]
 
     def __next__(self) -> PackedBatch:
         return self.fill(self.next_plan())
@@ -159,13 +153,24 @@ class Shard(Iterator[PackedBatch]):
         frames = pixels.astype(np.float32) / 127.5 - 1
         patches = patchify(frames, self._patch.size)
         grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
-        caption = "" if sample.caption_dropped else m.captions[sample.clip]
+        positions = grid_positions(grid, sample.fps, self._patch)
+        extent = positions.max(axis=0) + 1
+        if sample.num_kept:
+            rng = np.random.default_rng(sample.drop_seed)
+            kept = kept_tokens(rng, len(patches), 1 - sample.num_kept / len(patches))
+            patches, positions = patches[kept], positions[kept]
+        if self._captions is None:
+            text = np.zeros((0, 0), np.float32)
+        else:
+            text = self._captions.lookup("" if sample.caption_dropped else m.captions[sample.clip])
         return Segment(
             patches=patches,
-            positions=grid_positions(grid, sample.fps, self._patch),
-            text=self._captions.lookup(caption),
+            positions=positions,
+            text=text,
             known=np.zeros(len(patches), bool),
             clip_id=sample.clip,
+            label=sample.label,
+            extent=extent,
         )
 
     def get_state(self) -> dict[str, Any] | None:
@@ -178,20 +183,22 @@ class Shard(Iterator[PackedBatch]):
             self._rows.set_state(state)
 
 
-def how_to_fit(data: DataConfig) -> str:
+def how_to_fit(data: PackedDataConfig) -> str:
     """Returns what to change where no clip fits a row."""
+    if not isinstance(data, DataConfig):
+        return "choose another data.sampling, data.label or data.row_length."
     return (
         f"raise data.row_length ({data.row_length}) or data.text_length ({data.text_length}), lower data.num_frames "
         f"{data.num_frames} or data.long_side {data.long_side}, or set data.oversize to 'resize'."
     )
 
 
-def row_budgets(data: DataConfig, patch: PatchConfig, captions: CaptionTable) -> dict[str, int]:
+def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionTable | None) -> dict[str, int]:
     """Returns the arguments of `fill_row` that a data set's rows have in common."""
     return {
         "row_length": data.row_length,
         "text_length": data.text_length,
         "max_segments": data.max_segments,
         "patch_dim": patch.dim,
-        "text_dim": captions.dim,
+        "text_dim": captions.dim if captions is not None else 0,
     }

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sora_jax.array_types import PackedBatch
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.packing import Shard, how_to_fit, row_budgets
 from sora_jax.data.sources import ClipSource, open_source
@@ -64,8 +64,8 @@ class PackedPipeline(Iterator[PackedBatch]):
     def __init__(
         self,
         source: ClipSource,
-        captions: CaptionTable,
-        data: DataConfig,
+        captions: CaptionTable | None,
+        data: PackedDataConfig,
         patch: PatchConfig,
         *,
         repeat: bool,
@@ -208,9 +208,9 @@ class PackedPipeline(Iterator[PackedBatch]):
 
 
 def make_pipeline(
-    data: DataConfig,
+    data: PackedDataConfig,
     patch: PatchConfig,
-    captions: CaptionTable,
+    captions: CaptionTable | None,
     split: str | None = None,
     *,
     training: bool = True,
@@ -222,7 +222,7 @@ def make_pipeline(
     Args:
         data: where it is, how it is sampled and packed.
         patch: of the model.
-        captions: token states of the split's captions.
+        captions: token states of the split's captions; None where `data.text_length` is 0.
         split: of the data set; `data.split` where it is None.
         training: endless, with caption dropout, on `data.max_clips` clips; otherwise every clip of the split once,
             with its caption, decoded in this process. The last batch is filled up with empty rows.
@@ -235,8 +235,13 @@ def make_pipeline(
     """
     check_channels(patch)
     source = open_source(data.path, split or data.split)
+    if (captions is None) != (data.text_length == 0):
+        given = "no caption table" if captions is None else "a caption table"
+        raise ValueError(
+            f"data.text_length must be 0 without captions and above with them, got {data.text_length} and {given}."
+        )
     if not training:
-        data = dataclasses.replace(data, caption_dropout=0.0, num_workers=0)
+        data = data.for_evaluation()
     return PackedPipeline(
         source,
         captions,
@@ -259,8 +264,8 @@ def check_channels(patch: PatchConfig) -> None:
 
 def _open_shard(
     source: ClipSource,
-    captions: CaptionTable,
-    data: DataConfig,
+    captions: CaptionTable | None,
+    data: PackedDataConfig,
     patch: PatchConfig,
     index: int,
     *,

@@ -16,6 +16,8 @@ from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import truncated_normal
 
+TOO_LARGE = "more patches than a row of data.row_length has"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -28,7 +30,11 @@ class Sample:
         fps: frames a second taken.
         height, width: in pixels, multiples of the patch's.
         caption_dropped: whether it goes with the null caption.
-        reduced: whether it was made smaller than drawn to fit a row.
+        speed: at which the clip is played: 2 skips every other moment, below 0 it runs backwards.
+        label: class, -1 for none.
+        num_kept: patches that are kept, 0 for all.
+        drop_seed: of the draw of these.
+        reduced: whether it was made smaller than drawn to fit a row; the row that is packed does not say.
     """
 
     clip: int
@@ -38,13 +44,34 @@ class Sample:
     height: int
     width: int
     caption_dropped: bool
+    speed: float = 1.0
+    label: int = -1
+    num_kept: int = 0
+    drop_seed: int = 0
     reduced: bool = False
 
     def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
         """Returns the stored frame shown at each moment of the sample."""
-        moments = self.start + np.arange(self.num_frames) / self.fps
+        moments = np.arange(self.num_frames) * abs(self.speed) / self.fps
+        moments = self.start + (moments if self.speed > 0 else moments[::-1])
         # The small term keeps a moment that falls on a frame from slipping to the one before it by rounding.
         return np.clip(np.floor(moments * clip_fps + 1e-4), 0, clip_frames - 1).astype(int).tolist()
+
+    def num_tokens(self, patch: PatchConfig) -> int:
+        """Returns the patches that the sample gives a row."""
+        return self.num_kept or num_tokens(self.num_frames, self.height, self.width, patch.size)
+
+    def to_row(self) -> NumpyArray:
+        """Returns it as a row of float64 numbers, without `reduced`."""
+        return np.array(dataclasses.astuple(self)[: len(_ROW)], np.float64)
+
+    @classmethod
+    def from_row(cls, row: NumpyArray) -> Sample:
+        """Reads what `to_row` gave."""
+        return cls(*(kind(value) for kind, value in zip(_ROW, row, strict=True)))
+
+
+_ROW = (int, float, int, float, int, int, bool, float, int, int, int)  # of the fields but the last
 
 
 def fit_size(
@@ -151,12 +178,12 @@ def sample_size(
         (height, width), multiples of the patch's and at least one; the aspect is kept to within a patch.
 
     Raises:
-        ValueError: sides that are not positive and increasing, or an image smaller than a patch.
+        ValueError: sides that are not positive or fall, or an image smaller than a patch.
     """
     _, ph, pw = patch.size
     smallest, largest = sides
-    if not 0 < smallest < largest:
-        raise ValueError(f"sides must be (smallest, largest) with 0 < smallest < largest, got {sides}.")
+    if not 0 < smallest <= largest:
+        raise ValueError(f"sides must be (smallest, largest) with 0 < smallest <= largest, got {sides}.")
     if height < ph or width < pw:
         raise ValueError(f"an image of {height} x {width} pixels is smaller than a patch of {ph} x {pw}.")
     share = (truncated_normal(rng, mean, std, -1.0, 1.0) + 1) / 2

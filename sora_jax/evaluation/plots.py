@@ -161,3 +161,22 @@ def rate_distortion(rate: Float[NumpyArray, " steps"], distortion: Float[NumpyAr
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.grid(alpha=0.3)
     return _render(figure)
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
+    """Draws curves in one frame, with their names.
+
+    Args:
+        lines: the values of each curve along x and along y, by its name.
+        x: what is along x.
+        y: what is along y.
+    """
+    figure, axes = _figure(1, 1, 5.0, 3.5)
+    ax = axes[0, 0]
+    palette = (MODEL, DATA, ACCENT, "#ccbb44", "#66ccee", "#aa3377")
+    for number, (name, values) in enumerate(lines.items()):
+        ax.plot(*values, label=name, color=palette[number % len(palette)], marker="o", markersize=3)
+    ax.set(xlabel=x, ylabel=y)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return _render(figure)

@@ -19,6 +19,8 @@ class Segment(NamedTuple):
         text: (m, D) float32, token states of its caption.
         known: (n,) bool, patches that are given (noise level 0) rather than asked for.
         clip_id: its index in its data set.
+        label: its class, -1 where it has none.
+        extent: (3,) float32, one more than the largest positions of the whole clip; None where nothing was dropped.
     """
 
     patches: Float[np.ndarray, "patches values"]
@@ -26,6 +28,8 @@ class Segment(NamedTuple):
     text: Float[np.ndarray, "tokens text_dim"]
     known: Bool[np.ndarray, " patches"]
     clip_id: int
+    label: int = -1
+    extent: Float[np.ndarray, " 3"] | None = None
 
 
 def fill_row(
@@ -69,6 +73,8 @@ def fill_row(
         text=np.zeros((text_length, text_dim), np.float32),
         text_segment_ids=np.zeros(text_length, np.int32),
         clip_ids=np.full(max_segments, -1, np.int32),
+        labels=np.full(max_segments, -1, np.int32),
+        extents=np.zeros((max_segments, 3), np.float32),
     )
     start = text_start = 0
     for index, segment in enumerate(segments):
@@ -82,6 +88,8 @@ def fill_row(
         row.text[text] = segment.text
         row.text_segment_ids[text] = index + 1
         row.clip_ids[index] = segment.clip_id
+        row.labels[index] = segment.label
+        row.extents[index] = segment.positions.max(axis=0) + 1 if segment.extent is None else segment.extent
     return row
 
 

@@ -191,7 +191,7 @@ def train(
         )
         run = _Run(task, config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
         train_step = make_train_step(task, tx, mesh, shardings)
-        held_out = HeldOut(config, open_batches, mesh, make_eval_step(task, mesh, shardings.params))
+        held_out = HeldOut(task, open_batches, mesh, make_eval_step(task, mesh, shardings.params))
         return _steps(run, state, first_step or 0, train_step, held_out, sample_sheet, mesh)
 
 
@@ -235,10 +235,11 @@ def _steps(
         with stopwatch.apart():
             loss = None
             if config.eval_every and (step % config.eval_every == 0 or last) and not stop:
-                losses = held_out.losses(state.ema_params)
-                if losses:
-                    loss = float(np.mean(list(losses.values())))
-                    telemetry.write(step, {f"held_out_loss/{k}": v for k, v in losses.items()})
+                scores = held_out.scores(state.ema_params)
+                if scores:
+                    loss = float(np.mean([score["loss"] for score in scores.values()]))
+                    names = {f"held_out_{name}/{split}": (split, name) for split in scores for name in scores[split]}
+                    telemetry.write(step, {key: scores[split][name] for key, (split, name) in names.items()})
             best = loss is not None and loss < run.best_loss
             if step % config.save_every == 0 or last or stop or best:
                 run.save(step, state, loss)
@@ -278,26 +279,27 @@ class HeldOut:
     The batches are read at the first evaluation and kept in the host's memory.
 
     Args:
-        config: of the experiment.
+        task: that is trained.
         open_batches: opens a split.
         mesh: of the run.
         eval_step: of `make_eval_step`.
     """
 
-    def __init__(self, config: ExperimentConfig, open_batches: OpenBatches, mesh: Mesh, eval_step: EvalStep) -> None:
-        self._config, self._open, self._eval_step = config, open_batches, eval_step
+    def __init__(self, task: Task, open_batches: OpenBatches, mesh: Mesh, eval_step: EvalStep) -> None:
+        self._task, self._config = task, task.config
+        self._open, self._eval_step = open_batches, eval_step
         self._split = rules.batch_sharding(mesh)
         self._everywhere = rules.replicated(mesh)
-        self._rows = global_rows(config, None, self._split)
+        self._rows = global_rows(self._config, None, self._split)
         self._batches: dict[str, list[PyTree]] = {}
 
-    def losses(self, params: PyTree) -> dict[str, float]:
-        """Returns each split's loss, weighted by tokens or clips over all of its batches."""
+    def scores(self, params: PyTree) -> dict[str, dict[str, float]]:
+        """Returns each split's `loss`, the mean over all of its batches, and the task's scores."""
         result = {}
         for split in self._config.data.eval_splits:
             if split not in self._batches:
                 self._batches[split] = self._read(split)
-            pairs = [
+            losses = [
                 self._eval_step(
                     params,
                     to_global(batch, self._split),
@@ -306,8 +308,10 @@ class HeldOut:
                 )
                 for index, batch in enumerate(self._batches[split])
             ]
-            totals, weights = zip(*jax.device_get(pairs), strict=True)
-            result[split] = float(np.sum(totals) / max(np.sum(weights), 1))
+            losses = jax.device_get(losses)
+            total, weight = (float(sum(getattr(loss, name) for loss in losses)) for name in ("total", "weight"))
+            counts = {name: float(sum(loss.counts[name] for loss in losses)) for name in losses[0].counts}
+            result[split] = {"loss": total / max(weight, 1), **self._task.scores(counts)}
         return result
 
     def _read(self, split: str) -> list[PyTree]:

@@ -21,7 +21,7 @@ from sora_jax.training.state import TrainState
 from sora_jax.training.tasks.task import Loss, Metrics, Task
 
 TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[PyTree, PyTree, Array, Array], tuple[Array, Array]]
+EvalStep = Callable[[PyTree, PyTree, Array, Array], Loss]
 
 
 def update(
@@ -107,15 +107,12 @@ def make_eval_step(task: Task, mesh: Mesh, params_shardings: PyTree) -> EvalStep
     """Returns the compiled held-out loss of (params, batch, rows, index).
 
     Draws depend on the seed, on the batch's number `index` and on the row alone, so two evaluations differ by their
-    parameters only. It returns `Loss.total` and `Loss.weight`.
+    parameters only.
     """
 
-    def evaluate(params: PyTree, batch: PyTree, rows: Array, index: Array) -> tuple[Array, Array]:
+    def evaluate(params: PyTree, batch: PyTree, rows: Array, index: Array) -> Loss:
         key = streams.derive(task.config.seed, index, streams.EVAL)
-        loss = task.loss(params, batch, rows, key, training=False)
-        return loss.total, loss.weight
+        return task.loss(params, batch, rows, key, training=False)
 
     split, everywhere = rules.batch_sharding(mesh), rules.replicated(mesh)
-    return jax.jit(
-        evaluate, in_shardings=(params_shardings, split, split, everywhere), out_shardings=(everywhere, everywhere)
-    )
+    return jax.jit(evaluate, in_shardings=(params_shardings, split, split, everywhere), out_shardings=everywhere)

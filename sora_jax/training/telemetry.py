@@ -25,6 +25,8 @@ from sora_jax.training.tasks.task import Task
 # Of the figures of an interval, those that stand in the progress line, and how.
 LINE = {
     "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "retrieval": "retrieval {:.1%}",
     "grad_norm": "grad {:.3g}",
     "step_seconds": "{:.3g} s/step",
     "real_tokens_per_second": "{:,.0f} tokens/s",
@@ -83,7 +85,7 @@ def interval_figures(
 
     Returns:
         `loss` and `grad_norm` (means over steps), `learning_rate` (of the last), `step_seconds`, `wait_share`, the
-        task's `rates` and, where these name useful operations and the chip's peak is known, `mfu`.
+        task's `rates` and `scores` and, where these name useful operations and the chip's peak is known, `mfu`.
     """
     count = len(metrics)
     of_update = ("loss", "grad_norm", "learning_rate")
@@ -95,7 +97,7 @@ def interval_figures(
         "step_seconds": seconds / count,
         "wait_share": waited / seconds,
     }
-    figures |= task.rates(totals, seconds, count * task.config.optimizer.accumulation_steps)
+    figures |= task.rates(totals, seconds, count * task.config.optimizer.accumulation_steps) | task.scores(totals)
     if "model_flops_per_second" in figures and (peak := peak_flops(devices[0])):
         figures["mfu"] = figures["model_flops_per_second"] / (peak * len(devices))
     return figures

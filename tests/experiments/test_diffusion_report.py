@@ -10,7 +10,8 @@ import pytest
 import rich.console
 import train
 from PIL import Image
-from setups.diffusion import held_out_examples, mean_over_seeds, report_table
+from setups.diffusion import held_out_examples
+from setups.study import mean_over_seeds, report_table
 
 from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, SwissRollConfig
 from sora_jax.data.examples import example_images
@@ -197,12 +198,12 @@ def test_held_out_points_are_the_same_for_every_seed_and_not_those_trained_on():
 
 def test_means_over_seeds_and_their_table():
     reports = [{"unit": "value", "k_bits": k, "k_stderr": 0.1, "rate": [k, 0.0]} for k in (1.0, 2.0)]
-    mean = mean_over_seeds(reports)
+    mean = mean_over_seeds(reports, "k_bits", "k")
     assert mean == {
         "unit": "value", "k_bits": 1.5, "k_stderr": 0.1, "rate": [1.5, 0.0], "num_seeds": 2, "k_by_seed": [1.0, 2.0],
         "k_seed_std": pytest.approx(math.sqrt(0.5)),
     }  # fmt: skip
     console = rich.console.Console(file=io.StringIO(), width=100)
-    console.print(report_table({"one": mean, "other": {"unit": "example", "k_bits": -2.0, "num_seeds": 1}}))
+    console.print(report_table({"one": mean, "other": {"unit": "example", "k_bits": -2.0, "num_seeds": 1}}, "bits"))
     text = console.file.getvalue()
     assert "1.5000" in text and "-2.0000" in text and "rate" not in text

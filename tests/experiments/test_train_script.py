@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import rich.console
-from setups.sora import without_missing_splits
+from setups.packed import without_missing_splits
 
 from sora_jax.config import SoraConfig
 

@@ -25,9 +25,9 @@ from flax import linen as nn
 from sora_jax.array_types import Array, Float, Int, PyTree
 from sora_jax.config import (
     DeadLeavesConfig,
-    ExperimentConfig,
     HeartbeatConfig,
     StillsConfig,
+    StudyConfig,
     SwissRollConfig,
     check,
 )
@@ -109,34 +109,30 @@ class BinomialConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig(ExperimentConfig):
-    """Training and scoring of a discrete diffusion model on examples of one shape, once for each of a few seeds.
+class DiffusionConfig(StudyConfig):
+    """Training and scoring of a discrete diffusion model on examples of one shape.
 
     Attributes:
         data: what it is trained on.
         model: the network.
         process: Gaussian, or binomial for bits.
-        num_seeds: runs, of the seeds `seed`, `seed` + 1 ...; figures are means over them.
         num_held_out: examples that the bound is taken over.
         num_draws: of the noise of all steps, for each of these.
         num_samples: that the report draws.
-        beside: names of other such experiments that are run and reported with this one.
     """
 
     data: ExampleConfig = SwissRollConfig()  # noqa: RUF009
     model: NetworkConfig = MLPConfig()  # noqa: RUF009
     process: GaussianConfig | BinomialConfig = GaussianConfig()
-    num_seeds: int = 1
     num_held_out: int = 1000
     num_draws: int = 1
     num_samples: int = 64
-    beside: tuple[str, ...] = ()
     sample_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(not self.sample_every or len(self.data.shape) == 3, self, "sample_every", "0 for what is not an image")
-        for field in ("num_seeds", "num_held_out", "num_draws", "num_samples"):
+        for field in ("num_held_out", "num_draws", "num_samples"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(len(self.data.eval_splits) >= 1, self.data, "eval_splits", "at least one; the first is what is scored")
         check(self.data.split not in self.data.eval_splits, self.data, "eval_splits", "without the split trained on")
@@ -208,6 +204,10 @@ class DiffusionTask:
         """Returns the examples a second."""
         del num_batches
         return {"examples_per_second": totals["examples"] / seconds}
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Returns nothing: the loss says it all."""
+        return {}
 
     def apply(self, params: PyTree, x: Array, steps: Array, dropout: jax.Array | None = None) -> Array:
         """Returns the network's output.

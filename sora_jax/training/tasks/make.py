@@ -5,6 +5,7 @@ from __future__ import annotations
 from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.attention import AttentionFn
 from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
+from sora_jax.training.tasks.recognition import RecognitionConfig, recognition_task
 from sora_jax.training.tasks.sora import SoraTask
 from sora_jax.training.tasks.task import Task
 
@@ -23,4 +24,6 @@ def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None)
         return SoraTask(config, attention_fn)
     if isinstance(config, DiffusionConfig):
         return diffusion_task(config)
+    if isinstance(config, RecognitionConfig):
+        return recognition_task(config, attention_fn)
     raise TypeError(f"no task for a config of type {type(config).__name__}.")

@@ -23,7 +23,7 @@ from sora_jax.models.attention import AttentionFn
 from sora_jax.models.sora import GRID_FREQUENCIES, SoraTransformer
 from sora_jax.patches.segments import segment_one_hot
 from sora_jax.training import streams
-from sora_jax.training.tasks.task import Loss, Metrics
+from sora_jax.training.tasks.task import Loss, Metrics, packed_batch
 
 
 class SoraTask:
@@ -44,18 +44,8 @@ class SoraTask:
 
     def abstract_batch(self, num_rows: int | None = None) -> PackedBatch:
         """Returns the shapes and dtypes of a batch (of `num_rows` rows instead of the configured ones)."""
-        config, data, shape = self.config, self.config.data, jax.ShapeDtypeStruct
-        rows = data.batch_size if num_rows is None else num_rows
-        return PackedBatch(
-            patches=shape((rows, data.row_length, config.patch.dim), jnp.float32),
-            positions=shape((rows, data.row_length, 3), jnp.float32),
-            segment_ids=shape((rows, data.row_length), jnp.int32),
-            level_ids=shape((rows, data.row_length), jnp.int32),
-            loss_mask=shape((rows, data.row_length), jnp.bool_),
-            text=shape((rows, data.text_length, config.model.text_dim), jnp.float32),
-            text_segment_ids=shape((rows, data.text_length), jnp.int32),
-            clip_ids=shape((rows, data.max_segments), jnp.int32),
-        )
+        config = self.config
+        return packed_batch(config.data, config.patch.dim, config.model.text_dim, num_rows)
 
     def loss(
         self, params: PyTree, batch: PackedBatch, rows: Int[Array, " rows"], key: jax.Array, training: bool
@@ -77,6 +67,10 @@ class SoraTask:
             "clips_per_second": totals["clips"] / seconds,
             "model_flops_per_second": model_flops(self.config, **totals) / seconds,
         }
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Returns nothing: the loss says it all."""
+        return {}
 
 
 def draw_times(key: jax.Array, rows: Int[Array, " rows"], config: SoraConfig) -> Array:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from sora_jax.array_types import Array, Float, Int, PyTree
-from sora_jax.config import ExperimentConfig
+from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.config import ExperimentConfig, PackedDataConfig
 
 Metrics = dict[str, Array]
 
@@ -62,3 +63,32 @@ class Task(Protocol):
             seconds: that it took.
             num_batches: batches in it.
         """
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Returns what the sums of `Loss.counts` say of the model beside its loss, by name: an accuracy, say."""
+
+
+def packed_batch(data: PackedDataConfig, patch_dim: int, text_dim: int, num_rows: int | None = None) -> PackedBatch:
+    """Returns the shapes and dtypes of a batch of packed rows.
+
+    Args:
+        data: sizes of the rows.
+        patch_dim: P.
+        text_dim: D.
+        num_rows: instead of those that `data` says.
+    """
+    shape = jax.ShapeDtypeStruct
+    rows = data.batch_size if num_rows is None else num_rows
+    length, text, segments = data.row_length, data.text_length, data.max_segments
+    return PackedBatch(
+        patches=shape((rows, length, patch_dim), jnp.float32),
+        positions=shape((rows, length, 3), jnp.float32),
+        segment_ids=shape((rows, length), jnp.int32),
+        level_ids=shape((rows, length), jnp.int32),
+        loss_mask=shape((rows, length), jnp.bool_),
+        text=shape((rows, text, text_dim), jnp.float32),
+        text_segment_ids=shape((rows, text), jnp.int32),
+        clip_ids=shape((rows, segments), jnp.int32),
+        labels=shape((rows, segments), jnp.int32),
+        extents=shape((rows, segments, 3), jnp.float32),
+    )

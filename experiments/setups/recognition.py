@@ -1,0 +1,274 @@
+"""What a run of ViT, ViViT or NaViT needs: its rows, and the report on how much it recognises."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+from etils import epath
+from tqdm import tqdm
+
+from setups import packed
+from setups.study import Report
+from sora_jax.array_types import Array, PyTree
+from sora_jax.data.sources import ClipSource, open_source
+from sora_jax.evaluation import plots
+from sora_jax.generation.video_io import write_whole
+from sora_jax.models.navit import NaViTConfig, check_positions
+from sora_jax.models.vit import ViTConfig, resize_images
+from sora_jax.models.vivit import ViViTConfig
+from sora_jax.patches.positions import grid_positions
+from sora_jax.training.checkpoint import load_model
+from sora_jax.training.flops import step_flops
+from sora_jax.training.state import abstract_params
+from sora_jax.training.tasks.recognition import (
+    ClassificationConfig,
+    ContrastiveConfig,
+    RecognitionConfig,
+    recognition_task,
+)
+
+
+class RecognitionSetup:
+    """A run on a prepared data set.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run.
+        console: for messages.
+
+    Attributes:
+        config: without the held-out splits that the data set lacks.
+        sample_sheet: None; there is nothing to draw.
+        unit: of the report's figures.
+        headline: key and name of the figure that the report is about.
+
+    Raises:
+        ValueError: no data set at `config.data.path`, classes that are not as many as the model's, or an image that
+            is too large for the model's positions.
+    """
+
+    sample_sheet = None
+    unit = ""
+
+    def __init__(self, config: RecognitionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
+        from sora_jax.data.pipeline import check_channels
+
+        check_channels(config.patch)
+        self.config = packed.without_missing_splits(config, console)
+        if not self.config.data.eval_splits:
+            raise ValueError(f"data.eval_splits: none of {', '.join(config.data.eval_splits)} is in the data set.")
+        self.headline = ("recall_at_1", "recall") if isinstance(config, ContrastiveConfig) else ("accuracy",) * 2
+        self._workdir, self._console = workdir, console
+        self._splits = dict.fromkeys((config.data.split, config.selection_split, *self.config.data.eval_splits))
+        if not config.learning_rates:
+            del self._splits[config.selection_split]
+        for split in self._splits:
+            check_source(config, open_source(config.data.path, split))
+        self._captions = functools.cache(self._read_captions)
+
+    def _read_captions(self) -> Any:
+        """Returns the captions' token states, None where the data leaves the captions out."""
+        if not self.config.data.text_length:
+            return None
+        splits = tuple(self._splits)
+        return packed.caption_table(self.config.data, self.config.text_dim, splits, self._workdir, self._console)
+
+    def open_batches(self, split: str, training: bool) -> Any:
+        """Opens the pipeline of a split; see `packed.open_pipeline`."""
+        return packed.open_pipeline(self.config, self._captions(), split, training)
+
+    def attention_for(self, mesh: jax.sharding.Mesh) -> Any:
+        """Returns the attention kernel that needs a mesh, where the config names one."""
+        return packed.attention_for(self.config, mesh)
+
+    def selection_score(self) -> float:
+        """Returns the headline of the finished run on the split that learning rates are compared on."""
+        return self._score(self._params(), self.config.selection_split)[self.headline[0]]
+
+    def report(self) -> Report:
+        """Scores the finished run on its first held-out split; writes the figures into its directory.
+
+        Returns:
+            `accuracy` and `accuracy_stderr` (binomial), or `recall_at_1` and `recall_at_5` of images' captions among
+            all of the split, of `num_scored` examples; the same at `test_sides`; what the model and its training cost;
+            and how held-out figures went with training (`evaluated_flops`, `evaluated_scores`).
+        """
+        params = self._params()
+        split = self.config.data.eval_splits[0]
+        figures = self._score(params, split)
+        key = self.headline[0]
+        if self.config.test_sides:
+            sides = tqdm(self.config.test_sides, desc="sizes", unit="size", delay=2.0)
+            figures["test_sides"] = list(self.config.test_sides)
+            figures["score_at_sides"] = [self._score(params, split, side)[key] for side in sides]
+        figures |= self._costs(split)
+        write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
+        return figures
+
+    def _params(self) -> PyTree:
+        return load_model(self._workdir, kind=type(self.config))[1]
+
+    def _score(self, params: PyTree, split: str, side: int | None = None) -> Report:
+        config, params = at_side(self.config, params, side)
+        return score(config, params, split, self._captions())
+
+    def _costs(self, split: str) -> Report:
+        """Returns what the model and its training cost, padding and attention to it included."""
+        config = self.config
+        task = recognition_task(with_dense_attention(config))
+        lines = [json.loads(line) for line in (self._workdir / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "step_seconds" in line]
+        kind = "retrieval" if isinstance(config, ContrastiveConfig) else "accuracy"
+        curve = [
+            (line["step"], line[f"held_out_{kind}/{split}"]) for line in lines if f"held_out_{kind}/{split}" in line
+        ]
+        flops = step_flops(task)
+        return {
+            "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(task))),
+            "learning_rate": config.optimizer.learning_rate,
+            "num_steps": config.num_steps,
+            "examples_per_step": float(np.mean([s["examples_per_second"] * s["step_seconds"] for s in steps])),
+            "real_token_share": float(np.mean([s["real_token_share"] for s in steps])),
+            "step_seconds": float(np.median([s["step_seconds"] for s in steps])),
+            "flops_per_step": float(flops),
+            "training_flops": float(flops * config.num_steps),
+            "evaluated_flops": [float(flops * step) for step, _ in curve],
+            "evaluated_scores": [value for _, value in curve],
+        }
+
+
+def check_source(config: RecognitionConfig, source: ClipSource) -> None:
+    """Raises ValueError where a split has other classes than the model, or images that its positions do not reach."""
+    model = config.model
+    if isinstance(config, ClassificationConfig) and config.data.label == "class":
+        names = source.label_names
+        if not names:
+            raise ValueError(f"{source.path} has no class labels; data.label 'speed' needs none.")
+        if len(names) != model.num_classes:
+            raise ValueError(
+                f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
+            )
+    if isinstance(model, NaViTConfig):
+        side = max(config.data.sampling.sides[1], *config.test_sides, 0)
+        sizes = np.stack([source.metadata.height, source.metadata.width], axis=1).astype(float)
+        scale = np.minimum(side / np.sqrt(sizes.prod(axis=1, keepdims=True)), 1)
+        cells = np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).max(axis=0).astype(int)
+        frames = math.ceil(config.data.num_frames / config.patch.size[0])
+        check_positions(model, grid_positions((frames, *cells.tolist()), config.data.fps, config.patch))
+
+
+def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
+    """Returns the config whose operations are counted: a kernel that skips blocks has no count known beforehand."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+
+
+def at_side(config: RecognitionConfig, params: PyTree, side: int | None) -> tuple[RecognitionConfig, PyTree]:
+    """Returns config and parameters for held-out images of another size.
+
+    A ViT's positions are interpolated to the nearest multiple of its patch. Nothing changes where `side` is None.
+
+    Raises:
+        ValueError: another size for a ViViT.
+    """
+    if side is None:
+        return config, params
+    if isinstance(config.model, ViViTConfig):
+        raise ValueError("test_sides are for ViT and NaViT: a ViViT takes clips of one size.")
+    if isinstance(config.model, ViTConfig):
+        patch = config.model.patch_size
+        side = max(round(side / patch), 1) * patch
+        model, params = resize_images(config.model, params, (side, side))
+        data = dataclasses.replace(config.data.at_side(side), row_length=math.prod(model.grid))
+        return dataclasses.replace(config, model=model, data=data), params
+    return dataclasses.replace(config, data=config.data.at_side(side)), params
+
+
+def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any = None) -> Report:
+    """Returns how much a model recognises of a whole split.
+
+    Args:
+        config: of the model and its data.
+        params: of the model.
+        split: of the data set.
+        captions: their token states, for contrastive models.
+    """
+    task = recognition_task(config)
+    params = jax.device_put(params)
+    contrastive = isinstance(config, ContrastiveConfig)
+    function = task.embeddings if contrastive else lambda params, batch: (task.outputs(params, batch).logits,)
+    compiled = jax.jit(function)
+    parts: list[tuple[Array, ...]] = []
+    with packed.open_pipeline(config, captions, split, training=False) as batches:
+        for batch in tqdm(batches, desc=f"scoring {split}", unit="batch", delay=2.0):
+            there = batch.clip_ids >= 0
+            out = jax.device_get(compiled(params, batch))
+            parts.append((*(x[there] for x in out[:2]), batch.labels[there]))
+        left_out = sum(batches.statistics.skipped.values())
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    count = len(columns[0])
+    figures: Report = {"num_scored": count, "num_left_out": left_out}
+    if contrastive:
+        image, text, _ = columns
+        return recall(image, text) | figures
+    logits, labels = columns
+    accuracy = float((logits.argmax(axis=-1) == labels).mean())
+    stderr = math.sqrt(accuracy * (1 - accuracy) / count)
+    return {"accuracy": accuracy, "accuracy_stderr": stderr, "most_frequent": _most_frequent(labels)} | figures
+
+
+def recall(image: np.ndarray, text: np.ndarray) -> Report:
+    """Returns the share of images whose own caption is the nearest of all, and among the five nearest.
+
+    A caption that is as near as the own one (the same words) counts as it.
+    """
+    similarity = image @ text.T
+    nearer = (similarity > np.diag(similarity)[:, None] + 1e-6).sum(axis=1)
+    return {f"recall_at_{k}": float((nearer < k).mean()) for k in (1, 5)} | {"chance": 1 / len(image)}
+
+
+def _most_frequent(labels: np.ndarray) -> float:
+    """Returns the accuracy of always naming the most frequent class."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
+def beside(config: RecognitionConfig, other: RecognitionConfig, name: str) -> RecognitionConfig:
+    """Returns another experiment as it is run beside one: on its data set, seeds and grid of learning rates."""
+    del name
+    data = dataclasses.replace(other.data, path=config.data.path, eval_splits=config.data.eval_splits)
+    shared = ("seed", "num_seeds", "learning_rates", "selection_split")
+    return dataclasses.replace(other, data=data, **{field: getattr(config, field) for field in shared})
+
+
+def compare(means: dict[str, Report], workdir: epath.Path) -> None:
+    """Adds to the first experiment what share of the others' training compute it took, and draws them all.
+
+    `compute_share` is of the operations of the whole training; `compute_share_to_reach` of those after which its
+    held-out score was first as high as the other's at the end (none where it never was).
+    """
+    names = list(means)
+    first = means[names[0]]
+    key = "recall_at_1" if "recall_at_1" in first else "accuracy"
+    for name in names[1:]:
+        other = means[name]
+        stem = epath.Path(name).stem
+        first[f"compute_share/{stem}"] = first["training_flops"] / other["training_flops"]
+        pairs = zip(first["evaluated_flops"], first["evaluated_scores"], strict=True)
+        reached = [flops for flops, value in pairs if value >= other[key]]
+        first[f"compute_share_to_reach/{stem}"] = reached[0] / other["training_flops"] if reached else None
+    curves = {epath.Path(name).stem: (m["evaluated_flops"], m["evaluated_scores"]) for name, m in means.items()}
+    pictures = {"compute.png": plots.curves(curves, "training compute (FLOPs)", f"held-out {key}")}
+    if all("test_sides" in m for m in means.values()):
+        sides = {epath.Path(name).stem: (m["test_sides"], m["score_at_sides"]) for name, m in means.items()}
+        pictures["resolutions.png"] = plots.curves(sides, "side of the test images (pixels)", f"held-out {key}")
+    for name, png in pictures.items():
+        write_whole(workdir / name, png)
+
+
+Setup = RecognitionSetup

@@ -1,0 +1,170 @@
+"""How images and clips are sampled to be recognised: all at one size (ViT, ViViT), or each at its own (NaViT)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+from sora_jax.config import PackedDataConfig, PatchConfig, check, check_range
+from sora_jax.data.transforms import TOO_LARGE, Sample, fit_size, sample_size
+from sora_jax.patches.patchify import num_tokens
+from sora_jax.patches.token_drop import TokenDrop, kept_tokens
+
+NO_LABEL = "its data set gives it no label"
+TOO_SHORT = "shorter than data.num_frames at data.fps and its speed"
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedSize:
+    """Every image or frame is stretched to one size, whatever its aspect; a row holds one image or clip.
+
+    Attributes:
+        size: (height, width) in pixels.
+    """
+
+    size: tuple[int, int] = (224, 224)
+
+    def __post_init__(self) -> None:
+        check(min(self.size) >= 1, self, "size", "positive (height, width)")
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeSize:
+    """The aspect is kept, the size drawn and tokens dropped (arXiv:2307.06304); see `sample_size`.
+
+    Attributes:
+        sides: (smallest, largest) of what is drawn, the square root of the area in pixels; nothing is enlarged.
+            Held-out images have the largest.
+        mean: of the normal number in [-1, 1] that the side is linear in.
+        std: of that number.
+        token_drop: how many patches of a sample are left out in training (None: none).
+    """
+
+    sides: tuple[float, float] = (64.0, 256.0)
+    mean: float = -0.5
+    std: float = 1.0
+    token_drop: TokenDrop | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "sides", 1.0)
+        check(-1 <= self.mean <= 1, self, "mean", "between -1 and 1")
+        check(self.std > 0, self, "std", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecognitionDataConfig(PackedDataConfig):
+    """Images, or clips of one length, that a model says something of.
+
+    Attributes:
+        sampling: at one size, or each at its own.
+        num_frames: of a sample; 1 takes a frame of a clip as an image.
+        fps: frames a second of a sample.
+        speeds: at which clips are played, each as likely as another: 2 takes the frames of twice the time, -1 runs
+            backwards. Positions tell nothing of it.
+        label: `class` of the data set, or the `speed`, by its index in `speeds`; or `none`.
+    """
+
+    eval_splits: tuple[str, ...] = ("unseen",)
+    text_length: int = 0
+    caption_dropout: float = 0.0
+    sampling: FixedSize | NativeSize = FixedSize()
+    num_frames: int = 1
+    fps: float = 12.0
+    speeds: tuple[float, ...] = (1.0,)
+    label: Literal["class", "speed", "none"] = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_frames >= 1, self, "num_frames", "at least 1")
+        check(0 < self.fps < math.inf, self, "fps", "positive and finite")
+        proper = all(0 < abs(speed) < math.inf for speed in self.speeds)
+        check(bool(self.speeds) and proper, self, "speeds", "numbers other than 0")
+        if self.label == "speed":
+            check(len(set(self.speeds)) > 1, self, "speeds", "several where label is 'speed'")
+
+    def for_evaluation(self) -> RecognitionDataConfig:
+        """Returns how held-out data is sampled: at the largest size and whole."""
+        held_out = super().for_evaluation()
+        if isinstance(self.sampling, FixedSize):
+            return held_out
+        return held_out.at_side(self.sampling.sides[1])
+
+    def at_side(self, side: float) -> RecognitionDataConfig:
+        """Returns the config of whole images whose area is `side` squared, in pixels (or less where they are small).
+
+        Images of one size are stretched to (side, side).
+        """
+        if isinstance(self.sampling, FixedSize):
+            sampling = FixedSize((round(side), round(side)))
+        else:
+            sampling = dataclasses.replace(self.sampling, sides=(side, side), token_drop=None)
+        return dataclasses.replace(self, sampling=sampling)
+
+
+def draw_recognition_sample(
+    rng: np.random.Generator,
+    clip: int,
+    clip_frames: int,
+    clip_fps: float,
+    height: int,
+    width: int,
+    label: int,
+    data: RecognitionDataConfig,
+    patch: PatchConfig,
+) -> Sample | str:
+    """Draws what is taken of an image or clip, as `data` says.
+
+    Args:
+        rng: of this draw.
+        clip: index of the clip.
+        clip_frames: frames it has.
+        clip_fps: frames a second it is stored with.
+        height: in pixels.
+        width: in pixels.
+        label: its class, -1 for none.
+        data: sampling, labels, and what to do with a sample of more patches than a row.
+        patch: gives sizes their multiples.
+
+    Returns:
+        The sample, or why there is none.
+    """
+    speed_share, start, dropped = rng.random(3)
+    index = int(speed_share * len(data.speeds))
+    speed = data.speeds[index]
+    if data.label == "class" and label < 0:
+        return NO_LABEL
+    label = {"class": label, "speed": index, "none": -1}[data.label]
+    length = (data.num_frames - 1) * abs(speed) / data.fps  # seconds from the first frame to the last
+    room = (clip_frames - 1) / clip_fps - length
+    if data.label == "speed" and room < -1e-3:
+        return TOO_SHORT
+    sample = Sample(
+        clip, start * max(room, 0.0), data.num_frames, data.fps, height, width, bool(dropped < data.caption_dropout),
+        speed, label,
+    )  # fmt: skip
+    if isinstance(data.sampling, FixedSize):
+        return dataclasses.replace(sample, height=data.sampling.size[0], width=data.sampling.size[1])
+
+    sampling = data.sampling
+    try:
+        size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std)
+    except ValueError as error:
+        return str(error).rstrip(".")  # smaller than a patch
+    reduced = num_tokens(data.num_frames, *size, patch.size) > data.row_length
+    if reduced:
+        resize = data.oversize == "resize"
+        size = fit_size(height, width, max(size), patch, data.num_frames, data.row_length) if resize else None
+        if size is None:
+            return TOO_LARGE
+    num_kept = drop_seed = 0
+    if sampling.token_drop is not None:
+        tokens = num_tokens(data.num_frames, *size, patch.size)
+        rate = sampling.token_drop.draw_rate(rng, tokens)
+        drop_seed = int(rng.integers(2**32))
+        num_kept = len(kept_tokens(np.random.default_rng(drop_seed), tokens, rate))
+    return dataclasses.replace(
+        sample, height=size[0], width=size[1], num_kept=num_kept, drop_seed=drop_seed, reduced=reduced
+    )
