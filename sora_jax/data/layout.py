@@ -1,4 +1,4 @@
-"""Which features of a prepared TFDS data set hold the frames, the caption and the rate of a clip.
+"""Which features of a prepared TFDS data set hold the frames, the caption, the class and the rate of a clip.
 
 Read from the `features.json` that TFDS writes, not through TFDS's feature classes: constructing `Video` imports
 TensorFlow, and nothing but names and kinds is needed, since the pictures stay encoded.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 from etils import epath
 
 from sora_jax.data.decode import STILL_FPS
-from sora_jax.data.records import parse_example, picture_size
+from sora_jax.data.records import label_words, parse_example, picture_size
 
 DEFAULT_FPS = 24.0
 """Frames a second of a video data set that stores no `fps`."""
@@ -26,6 +25,10 @@ NAME_KEYS = ("name", "id", "filename", "file_name")
 """Text features read as a clip's name, in this order."""
 
 
+LABEL_KEY = "label"
+"""The class label that is read where a data set has several."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordLayout:
     """The keys of a record that a clip is read from, None where the data set lacks one.
@@ -34,8 +37,8 @@ class RecordLayout:
         frames: encoded pictures.
         moving: whether `frames` is a video or a sequence of pictures.
         caption: text.
-        label: class label, taken where there is no caption.
-        label_names: of the classes, in order.
+        label: class label; its name is the caption where there is none.
+        label_names: of the classes, in the order of their indices; their numbers where TFDS kept no names.
         name, fps, clip_id: as in `sora_jax.data.records.clip_features`.
     """
 
@@ -67,13 +70,14 @@ class RecordLayout:
             )
         texts = [key for key, kind in kinds.items() if kind == "Text"]
         caption = next((key for key in CAPTION_KEYS if key in texts), None)
-        label = None if caption else next((key for key, kind in kinds.items() if kind == "ClassLabel"), None)
+        classes = [key for key, kind in kinds.items() if kind == "ClassLabel"]
+        label = LABEL_KEY if LABEL_KEY in classes else next(iter(classes), None)
         return cls(
             frames=(videos or images)[0],
             moving=bool(videos),
             caption=caption,
             label=label,
-            label_names=_label_names(directory, label) if label else (),
+            label_names=_label_names(directory, label, features[label]) if label else (),
             name=next((key for key in NAME_KEYS if key in texts), None),
             fps="fps" if kinds.get("fps") in ("Tensor", "Scalar") else None,
             clip_id="clip_id" if kinds.get("clip_id") in ("Tensor", "Scalar") else None,
@@ -84,17 +88,18 @@ class RecordLayout:
         values = parse_example(serialized)
         frames = values.get(self.frames, [])
         height, width = picture_size(frames[0]) if frames else (0, 0)
-        caption = values[self.caption][0].decode() if self.caption else ""
-        if self.label and 0 <= values[self.label][0] < len(self.label_names):
-            caption = self.label_names[values[self.label][0]]
+        label = values[self.label][0] if self.label else -1
+        label = label if 0 <= label < len(self.label_names) else -1  # TFDS: -1 where a test split has no labels
+        name = self.label_names[label] if label >= 0 else ""
         return {
             "clip_ids": values[self.clip_id][0] if self.clip_id else index,
             "name": values[self.name][0].decode(errors="replace") if self.name else str(index),
-            "caption": caption,
+            "caption": values[self.caption][0].decode() if self.caption else name,
             "fps": values[self.fps][0] if self.fps else DEFAULT_FPS if self.moving else STILL_FPS,
             "num_frames": len(frames),
             "height": height,
             "width": width,
+            "labels": label,
         }
 
 
@@ -110,10 +115,9 @@ def _kind(feature: dict[str, Any]) -> str:
     return kind
 
 
-def _label_names(directory: str, label: str) -> tuple[str, ...]:
-    """Returns the names of the classes as words, none where TFDS kept none."""
+def _label_names(directory: str, label: str, feature: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the classes as words, their numbers where TFDS kept no names."""
     path = epath.Path(directory) / f"{label}.labels.txt"
     if not path.exists():
-        return ()
-    names = [line.strip() for line in path.read_text().split("\n")]
-    return tuple(re.sub(r"[_\s]+", " ", name).strip() for name in names if name)
+        return tuple(str(i) for i in range(int(feature.get("classLabel", {}).get("numClasses", 0))))
+    return tuple(label_words(line) for line in path.read_text().split("\n") if line.strip())

@@ -1,8 +1,8 @@
 """The stored form of a clip, and the index that lets a data set be planned without touching its frames.
 
 A record is one clip: its frames as separate pictures (JPEG or PNG), so that a few of them can be decoded without the
-others, and its caption, rate and size. Beside the records of a split stands `index-<split>.json`, with everything but
-the frames, in the order of the records.
+others, and its caption, class, rate and size. Beside the records of a split stands `index-<split>.json`, with
+everything but the frames, in the order of the records.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from sora_jax.array_types import NumpyArray
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ClipRecord:
         fps: frames a second.
         height, width: of every frame, in pixels.
         frames: encoded pictures.
+        label: index of its class, -1 where it has none.
     """
 
     clip_id: int
@@ -46,6 +48,7 @@ class ClipRecord:
     height: int
     width: int
     frames: list[bytes]
+    label: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ClipMetadata:
         clip_ids: (N,) int64.
         num_frames, height, width: (N,) int32.
         fps: (N,) float32, frames a second.
+        labels: (N,) int32, index of each clip's class, -1 where it has none.
         captions, names: N strings each.
     """
 
@@ -64,6 +68,7 @@ class ClipMetadata:
     height: NumpyArray
     width: NumpyArray
     fps: NumpyArray
+    labels: NumpyArray
     captions: list[str]
     names: list[str]
 
@@ -93,11 +98,17 @@ _DTYPES = {
     "height": np.int32,
     "width": np.int32,
     "fps": np.float32,
+    "labels": np.int32,
 }
 
 
-def clip_features(picture_format: str = "jpeg") -> tfds.features.FeaturesDict:
-    """Returns the TFDS features of a clip record whose frames are `jpeg` or `png` pictures."""
+def clip_features(picture_format: str = "jpeg", label_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a clip record.
+
+    Args:
+        picture_format: of the frames, `jpeg` or `png`.
+        label_names: of the classes, in the order of their indices; without any there is no feature `label`.
+    """
     picture = tfds.features.Image(shape=(None, None, 3), encoding_format=picture_format)
     return tfds.features.FeaturesDict(
         {
@@ -110,12 +121,15 @@ def clip_features(picture_format: str = "jpeg") -> tfds.features.FeaturesDict:
             "width": np.int32,
             "frames": tfds.features.Sequence(picture),
         }
+        | ({"label": tfds.features.ClassLabel(names=list(label_names))} if label_names else {})
     )
 
 
-def to_example(record: ClipRecord) -> dict[str, Any]:
-    """Returns a record as the example that a TFDS builder yields."""
+def to_example(record: ClipRecord, labelled: bool = False) -> dict[str, Any]:
+    """Returns a record as the example that a TFDS builder yields, with its label where the features have one."""
     example = dataclasses.asdict(record)
+    if not labelled:
+        del example["label"]
     # An image feature takes a file object as what is already encoded.
     return example | {"num_frames": len(record.frames), "frames": [io.BytesIO(frame) for frame in record.frames]}
 
@@ -139,11 +153,17 @@ def from_example(serialized: bytes) -> ClipRecord:
         height=values["height"][0],
         width=values["width"][0],
         frames=values["frames"],
+        label=values["label"][0] if "label" in values else -1,
     )
 
 
+def label_words(name: str) -> str:
+    """Returns the name of a class as words: `tabby_cat` as "tabby cat"."""
+    return re.sub(r"[_\s]+", " ", name).strip()
+
+
 def metadata_from_rows(rows: list[dict[str, Any]]) -> ClipMetadata:
-    """Gathers one dictionary a clip (keys `clip_ids, num_frames, height, width, fps, caption, name`)."""
+    """Gathers one dictionary a clip (keys `clip_ids, num_frames, height, width, fps, labels, caption, name`)."""
     columns = {name: np.array([row[name] for row in rows], dtype) for name, dtype in _DTYPES.items()}
     return ClipMetadata(**columns, captions=[row["caption"] for row in rows], names=[row["name"] for row in rows])
 

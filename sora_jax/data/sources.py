@@ -32,6 +32,7 @@ class ClipSource:
 
     Attributes:
         metadata: of every clip, in the order of the indices.
+        label_names: of the classes that `metadata.labels` counts, as words; () where the data set has no labels.
 
     Raises:
         ValueError: no data set at `path`, an unknown split, records that are not ArrayRecord, or no picture or video
@@ -42,6 +43,7 @@ class ClipSource:
         self.path = str(find_dataset(path))
         self.split = split
         self._layout = RecordLayout.read(self.path)
+        self.label_names: tuple[str, ...] = self._layout.label_names
         self._records: Any = None
         splits = _read_splits(self.path)
         spans = _spans(splits, split, self.path)

@@ -22,6 +22,7 @@ class FakeSource:
             height=rng.integers(60, 100, num_clips).astype(np.int32),
             width=rng.integers(60, 100, num_clips).astype(np.int32),
             fps=np.full(num_clips, 24, np.float32),
+            labels=np.full(num_clips, -1, np.int32),
             captions=[f"clip {i}" for i in range(num_clips)],
             names=[f"clip-{i}.webp" for i in range(num_clips)],
         )

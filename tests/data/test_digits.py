@@ -92,7 +92,7 @@ def test_captions_and_the_report(report):
     assert set(meta.height) == set(meta.width) == {28} and set(meta.num_frames) == {1}
     assert len(set(meta.clip_ids.tolist())) == 90
     assert report["splits"]["train"]["num_stills"] == 81 and report["splits"]["unseen"]["num_stills"] == 9
-    assert report["request"] == {"max_side": 28, "format": "png", "package_version": "1.1.0"}
+    assert report["request"] == {"max_side": 28, "format": "png", "package_version": "1.1.0", "labels": True}
     assert report["skipped"] == [{"file": "9.json", "reason": "missing: the package does not hold it"}]
 
 

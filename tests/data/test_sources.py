@@ -103,7 +103,7 @@ def test_a_wrong_or_missing_index_is_made_again(clips, tmp_path):
     assert open_source(clips, "train").metadata.names == expected.names
 
 
-@pytest.mark.parametrize("text", ['{"version": 1, "clip_ids": [3, 1', '{"version": 1, "clip_ids": [3, 1]}', "[]"])
+@pytest.mark.parametrize("text", ['{"version": 2, "clip_ids": [3, 1', '{"version": 2, "clip_ids": [3, 1]}', "[]"])
 def test_a_damaged_index_is_named_and_made_again(clips, tmp_path, text):
     expected = open_source(clips, "train").metadata
     index = tmp_path / "toy/2.0.0/index-train.json"

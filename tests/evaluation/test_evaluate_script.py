@@ -39,6 +39,7 @@ class ColourSource:
             height=np.full(12, 40, np.int32),
             width=np.array([20 + 10 * (i % 4) for i in range(12)], np.int32),
             fps=np.full(12, 24, np.float32),
+            labels=np.full(12, -1, np.int32),
             captions=[f"colour {i}" for i in range(12)],
             names=[f"{i}.png" for i in range(12)],
         )

@@ -52,6 +52,7 @@ class GreySource:
             height=rng.integers(24, 40, 20).astype(np.int32),
             width=rng.integers(24, 40, 20).astype(np.int32),
             fps=np.full(20, 12, np.float32),
+            labels=np.full(20, -1, np.int32),
             captions=[f"grey {i}" for i in range(20)],
             names=[f"{i}.png" for i in range(20)],
         )

@@ -38,19 +38,29 @@ class ClipDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
     Args:
         parts: the finished parts of each split (None: the data set is only read).
         picture_format: of the frames in them, `jpeg` or `png`.
+        label_names: of the classes, in the order of their indices; empty: the clips have no labels.
         **kwargs: of `tfds.core.GeneratorBasedBuilder`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = "Captioned clips and stills, stored as single frames."
+    LABEL_NAMES: tuple[str, ...] = ()
+    """The classes in order, where the data set has an order of its own; else those of the files are sorted."""
 
-    def __init__(self, parts: dict[str, list[epath.Path]] | None = None, picture_format: str = "jpeg", **kwargs: Any):
+    def __init__(
+        self,
+        parts: dict[str, list[epath.Path]] | None = None,
+        picture_format: str = "jpeg",
+        label_names: Sequence[str] = (),
+        **kwargs: Any,
+    ):
         self._parts = parts or {}
         self._picture_format = picture_format
+        self._label_names = tuple(label_names)
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = clip_features(self._picture_format)
+        features = clip_features(self._picture_format, self._label_names)
         return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=features)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -61,7 +71,7 @@ class ClipDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
         for path in paths:
             for serialized in _records(path):
                 record = from_example(serialized)
-                yield record.clip_id, to_example(record)
+                yield record.clip_id, to_example(record, labelled=bool(self._label_names))
 
 
 def _records(path: epath.Path) -> Iterator[bytes]:
@@ -80,6 +90,7 @@ def prepare(
     num_workers: int = 1,
     skipped: Sequence[dict[str, str]] = (),
     options: Mapping[str, Any] | None = None,
+    num_left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Writes a data set under `output`, or returns the report of the same one where it stands there already.
 
@@ -92,20 +103,26 @@ def prepare(
         num_workers: processes that decode and encode.
         skipped: files already left out, as `file` and `reason`.
         options: whatever else decides what is written; kept in the report.
+        num_left_out: counts of files that the data set leaves out on purpose, by what they are; kept in the report.
 
     Returns:
         The report: `name`, `path`, `fingerprint`, `request` (the arguments), `splits` (clips, stills, frames and
-        captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, and
-        `num_skipped`, `skip_reasons` and `skipped` (each file and why).
+        captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`, `num_frames` and `fps`,
+        `labels` (where there are any: the clips of each class by split), `num_left_out`, and `num_skipped`,
+        `skip_reasons` and `skipped` (each file and why).
 
     Raises:
-        ValueError: no file could be read, or `output` holds another data set of this name.
+        ValueError: no file could be read, a label is none of `LABEL_NAMES`, or `output` holds another data set of this
+            name.
     """
     root = epath.Path(output)
     name = builder_class.name
     target = root / name / str(builder_class.VERSION)
     if num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
+    label_names = builder_class.LABEL_NAMES or tuple(sorted({task.label for task in tasks} - {""}))
+    if unknown := {task.label for task in tasks} - {"", *label_names}:
+        raise ValueError(f"label must be one of {', '.join(label_names)}, got {min(unknown)!r}.")
     request = request_of(encoding, options)
     mark = fingerprint(tasks, {"name": name} | request)
     work = root / f".{name}-{mark}"
@@ -118,7 +135,7 @@ def prepare(
         # TFDS renames the finished records into place before the report is written: then the parts still stand.
         if report or not work.exists():
             raise ValueError(f"output {target} holds another data set already; remove it or name another directory.")
-    parts = encode_parts(tasks, convert, encoding, work, num_workers)
+    parts = encode_parts(tasks, convert, encoding, work, num_workers, label_names)
     left_out = [*skipped, *(entry for paths in parts.values() for path in paths for entry in skipped_files(path))]
     kept = {s: paths for s, paths in ((s, [p for p in paths if _count(p)]) for s, paths in parts.items()) if paths}
     if not kept:
@@ -129,13 +146,14 @@ def prepare(
         raise ValueError(f"no clip could be read, nothing was written ({len(left_out)} files skipped: {named}).")
     for stale in (root / name).glob("incomplete.*"):
         stale.rmtree()
-    builder = builder_class(parts=kept, picture_format=encoding.format, data_dir=root)
+    builder = builder_class(parts=kept, picture_format=encoding.format, label_names=label_names, data_dir=root)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report
         builder.download_and_prepare(download_dir=work / "downloads")
     sources = {split: ClipSource(str(target), split) for split in kept}  # writes the index of each split
     report = {"name": name, "path": str(target), "fingerprint": mark, "request": request}
-    report |= describe({split: source.metadata for split, source in sources.items()})
+    report |= describe({split: source.metadata for split, source in sources.items()}, label_names)
     report["num_bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in kept}
+    report["num_left_out"] = dict(num_left_out or {})
     report["num_skipped"] = len(left_out)
     report["skip_reasons"] = dict(collections.Counter(entry["reason"].split(":")[0] for entry in left_out))
     report["skipped"] = left_out
@@ -166,8 +184,8 @@ def _count(path: epath.Path) -> int:
         return len(source)
 
 
-def describe(splits: dict[str, ClipMetadata]) -> dict[str, Any]:
-    """Returns counts by split, and the spread of sizes, aspects, rates and lengths over all of them."""
+def describe(splits: dict[str, ClipMetadata], label_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns counts by split and class, and the spread of sizes, aspects, rates and lengths over all of them."""
     counts = {
         split: {
             "num_clips": int((m.num_frames > 1).sum()),
@@ -192,4 +210,9 @@ def describe(splits: dict[str, ClipMetadata]) -> dict[str, Any]:
     if moving.any():
         report["num_frames"] = spread(every["num_frames"][moving])
         report["fps"] = spread(every["fps"][moving])
+    if label_names:
+        report["labels"] = {
+            name: {split: int((m.labels == i).sum()) for split, m in splits.items()}
+            for i, name in enumerate(label_names)
+        }
     return report

