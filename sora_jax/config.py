@@ -511,13 +511,14 @@ def _from_value(annotation: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        if all(dataclasses.is_dataclass(argument) for argument in arguments):  # no two have the same keys
+        arguments = tuple(argument for argument in arguments if argument is not type(None))
+        if len(arguments) > 1 and all(map(dataclasses.is_dataclass, arguments)):  # no two have the same keys
             kinds = {frozenset(field.name for field in dataclasses.fields(kind)): kind for kind in arguments}
             if not isinstance(value, dict) or (kind := kinds.get(frozenset(value))) is None:
                 names = ", ".join(kind.__name__ for kind in arguments)
                 raise ValueError(f"{path}: expected the keys of one of {names}, got {value!r}.")
             return _from_value(kind, value, path)
-        return _from_value(next(a for a in arguments if a is not type(None)), value, path)
+        return _from_value(arguments[0], value, path)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}.")

@@ -1,0 +1,37 @@
+"""NaViT on stills of digits and emoji at their native aspect, beside the fixed-size ViT.
+
+python experiments/prepare_data.py stills --output data
+python experiments/train.py navit_stills --data.path data/stills/1.0.0 --json navit_stills.json
+"""
+
+from sora_jax.config import OptimizerConfig, PatchConfig
+from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
+from sora_jax.models.navit import NaViTConfig
+from sora_jax.patches.token_drop import BetaDrop
+from sora_jax.training.tasks.recognition import ClassificationConfig
+
+
+def config() -> ClassificationConfig:
+    """Returns the experiment."""
+    return ClassificationConfig(
+        data=RecognitionDataConfig(
+            sampling=NativeSize(sides=(12.0, 32.0), token_drop=BetaDrop(mean=0.25, highest=0.8)),
+            row_length=256,
+            max_segments=32,
+            batch_size=4,
+            num_shards=1,
+        ),
+        patch=PatchConfig(size=(1, 4, 4)),
+        model=NaViTConfig(
+            width=96, depth=4, num_heads=3, mlp_dim=384, num_classes=19, max_grid=(1, 24, 24), num_fractions=16
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99, final_share=0.01
+        ),
+        test_sides=(12, 16, 20, 24, 32, 40, 48, 64),
+        num_steps=1200,
+        log_every=20,
+        eval_every=60,
+        eval_batches=64,
+        save_every=300,
+    )

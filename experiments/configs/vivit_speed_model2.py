@@ -1,0 +1,43 @@
+"""ViViT's Model 2, factorised encoder, on playback speed: see `vivit_speed_model1`."""
+
+from sora_jax.config import OptimizerConfig, PatchConfig
+from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.models.vivit import ViViTConfig
+from sora_jax.training.tasks.recognition import ClassificationConfig
+
+
+def config() -> ClassificationConfig:
+    """Returns the experiment."""
+    return ClassificationConfig(
+        data=RecognitionDataConfig(
+            sampling=FixedSize((32, 32)),
+            num_frames=8,
+            fps=8.0,
+            speeds=(0.5, 1.0, 2.0),
+            label="speed",
+            row_length=64,
+            max_segments=1,
+            num_bins=1,
+            batch_size=64,
+            num_shards=1,
+        ),
+        patch=PatchConfig(size=(2, 8, 8)),
+        model=ViViTConfig(
+            model=2,
+            num_frames=8,
+            image_size=(32, 32),
+            tubelet_size=(2, 8, 8),
+            width=96,
+            depth=4,
+            temporal_depth=2,
+            num_heads=4,
+            mlp_dim=384,
+            num_classes=3,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99),
+        num_steps=1000,
+        log_every=20,
+        eval_every=200,
+        eval_batches=8,
+        save_every=250,
+    )
