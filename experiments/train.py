@@ -156,6 +156,7 @@ def dry_run(arguments: Arguments) -> int:
     from sora_jax.training.flops import step_flops
     from sora_jax.training.state import init_params
     from sora_jax.training.tasks.make import make_task
+    from sora_jax.training.tasks.recognition import RecognitionTask
 
     config = arguments.config
     packed = isinstance(config.data, PackedDataConfig)
@@ -177,6 +178,8 @@ def dry_run(arguments: Arguments) -> int:
         "flops_per_step": step_flops(task),
         "mesh": mesh,
     }
+    if isinstance(task, RecognitionTask) and (operations := task.forward_flops_of_one()):
+        figures["forward_macs"] = operations // 2
     table = rich.table.Table("", arguments.name, title="one training step")
     table.add_row("parameters", f"{figures['num_params']:,}")
     if packed:
@@ -184,6 +187,8 @@ def dry_run(arguments: Arguments) -> int:
     else:
         table.add_row("examples", f"{rows:,}")
     table.add_row("FLOPs, dense attention" if packed else "FLOPs", f"{figures['flops_per_step']:.4g}")
+    if "forward_macs" in figures:
+        table.add_row("multiply-accumulates, forward, of one", f"{figures['forward_macs']:.4g}")
     table.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.items()))
     needed = math.prod(mesh.values())
     if needed != num_devices:

@@ -195,8 +195,9 @@ class DataConfig(PackedDataConfig):
     still_share: float = 0.2
 
     def __post_init__(self) -> None:
+        tokens = self.max_caption_tokens
+        check(self.text_length >= tokens, self, "text_length", f"at least max_caption_tokens ({tokens})")
         super().__post_init__()
-        check(self.text_length >= 1, self, "text_length", f"at least max_caption_tokens ({self.max_caption_tokens})")
         check_range(self, "num_frames", 1)
         check_range(self, "fps", 1e-3)
         check_range(self, "long_side", 1)

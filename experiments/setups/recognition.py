@@ -104,6 +104,8 @@ class RecognitionSetup:
         split = self.config.data.eval_splits[0]
         figures = self._score(params, split)
         key = self.headline[0]
+        for other in self.config.data.eval_splits[1:]:
+            figures[f"{key}/{other}"] = self._score(params, other)[key]
         if self.config.test_sides:
             sides = tqdm(self.config.test_sides, desc="sizes", unit="size", delay=2.0)
             figures["test_sides"] = list(self.config.test_sides)
@@ -130,7 +132,9 @@ class RecognitionSetup:
             (line["step"], line[f"held_out_{kind}/{split}"]) for line in lines if f"held_out_{kind}/{split}" in line
         ]
         flops = step_flops(task)
+        one = task.forward_flops_of_one()
         return {
+            **({"forward_flops": float(one)} if one else {}),
             "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(task))),
             "learning_rate": config.optimizer.learning_rate,
             "num_steps": config.num_steps,

@@ -55,6 +55,8 @@ def test_weighting_by_token_or_by_clip(weighting, loss, weight):
         text=np.zeros((1, 2, 8), np.float32),
         text_segment_ids=np.array([[1, 2]]),
         clip_ids=np.array([[0, 1, -1]]),
+        labels=np.full((1, 3), -1),
+        extents=np.ones((1, 3, 3), np.float32),
     )
     noise = np.array([1, 1, 1, 2, 10], np.float32)[None, :, None] * np.ones((1, 5, 4), np.float32)
     times = np.full((1, 3), 0.5, np.float32)
@@ -134,7 +136,7 @@ def test_noise_of_a_row_depends_on_its_number_alone():
 
 
 def test_counts():
-    batch = PackedBatch(*[None] * 8)._replace(
+    batch = PackedBatch(*[None] * 10)._replace(
         segment_ids=jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]]), text_segment_ids=jnp.array([[1, 2, 2], [1, 1, 1]])
     )
     counts = {name: float(value) for name, value in count_tokens(batch, num_segments=3).items()}

@@ -195,7 +195,7 @@ class RecognitionTask:
             totals: sums of `Loss.counts`.
         """
         if not isinstance(self.model, NaViT):
-            return totals["examples"] * _flops_of_one(self.model)
+            return totals["examples"] * self.forward_flops_of_one()
         c = self.model.config
         w, mlp = c.width, c.mlp_dim
         grid = sum(c.max_grid[3 - len(c.axes) :]) if c.position_embedding != "fractional" else 0
@@ -206,6 +206,10 @@ class RecognitionTask:
         an_image = 2 * 2 * w * w + 2 * 2 * w * mlp + 2 * w * c.num_classes
         a_pair = c.depth * 2 * 2 * w
         return totals["real_tokens"] * a_token + totals["examples"] * an_image + totals["self_pairs"] * a_pair
+
+    def forward_flops_of_one(self) -> int | None:
+        """Returns the operations of a forward pass of one image or clip; None for NaViT, whose sizes differ."""
+        return None if isinstance(self.model, NaViT) else _flops_of_one(self.model)
 
 
 class ClassificationTask(RecognitionTask):
