@@ -400,6 +400,8 @@ def test_training_keeps_a_caption(tmp_path):
         (b'{"file": "b.png", "caption": "\\ud83d"}', "b.png", "caption must be whole Unicode characters"),
         (b'{"file": "b.png", "caption": "x", "split": "my split"}', "b.png", "got 'my split'"),
         (b'{"file": "b.png", "caption": "x", "tags": ""}', "b.png", "expected an object"),
+        (b'{"file": "b.png", "caption": "x", "label": 3}', "b.png", "label must be a string, got 3"),
+        (b'{"file": "b.png", "caption": "x", "label": " _"}', "b.png", "label must be the name of a class, got ' _'"),
     ],
 )
 def test_a_malformed_line_is_left_out_and_named(tmp_path, line, file, reason):
@@ -412,6 +414,68 @@ def test_a_malformed_line_is_left_out_and_named(tmp_path, line, file, reason):
     assert skipped[0]["file"] == (file or "captions.jsonl, line 2") and reason in skipped[0]["reason"]
     # The picture is named once: as the bad line's, or as one without a caption.
     assert [entry["file"] for entry in skipped].count("b.png") == 1
+
+
+def test_labels_of_a_folder_are_sorted_words(tmp_path):
+    source = tmp_path / "clips"
+    source.mkdir()
+    labels = ["tabby_cat", "ant", " tabby  cat", "Dog"]
+    for i in range(4):
+        Image.new("RGB", (8, 8 + i)).save(source / f"{i}.png")
+    write_manifest(source, [{"file": f"{i}.png", "caption": "x", "label": name} for i, name in enumerate(labels)])
+    tasks, skipped = folder.make_tasks(str(source), unseen_share=0)
+    arguments = (folder.ClipFolder, tasks, folder.Converter(), Encoding(64), str(tmp_path / "out"), 2, skipped)
+    report = clip_dataset.prepare(*arguments)  # two processes
+    read = open_source(report["path"])
+    assert read.label_names == ("Dog", "ant", "tabby cat")
+    assert {n: read.label_names[label] for n, label in zip(read.metadata.names, read.metadata.labels, strict=True)} == {
+        "0.png": "tabby cat", "1.png": "ant", "2.png": "tabby cat", "3.png": "Dog"
+    }  # fmt: skip
+    assert report["labels"]["tabby cat"] == {"train": 2} and clip_dataset.prepare(*arguments) == report
+    relabelled = [dataclasses.replace(task, label="ant") for task in tasks]
+    with pytest.raises(ValueError, match="holds another data set"):
+        clip_dataset.prepare(folder.ClipFolder, relabelled, *arguments[2:])
+
+
+def test_a_folder_without_labels_has_no_such_feature(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    write_manifest(tmp_path, [{"file": "a.png", "caption": "x"}])
+    tasks, _ = folder.make_tasks(str(tmp_path), unseen_share=0)
+    report = clip_dataset.prepare(folder.ClipFolder, tasks, folder.Converter(), Encoding(64), str(tmp_path / "out"))
+    assert "labels" not in report and open_source(report["path"]).label_names == ()
+    assert "label" not in tfds.builder_from_directory(report["path"]).info.features
+
+
+def test_labels_on_some_lines_only_are_an_error(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    lines = [{"file": f"{i}.png", "caption": "x"} | ({"label": "cat"} if i != 1 else {}) for i in range(3)]
+    write_manifest(tmp_path, lines)
+    with pytest.raises(ValueError, match=r"captions\.jsonl, line 2 has no label, line 1 has one; give all or none"):
+        folder.make_tasks(str(tmp_path))
+
+
+def test_a_label_that_the_data_set_does_not_have_is_named(tmp_path):
+    class Two(clip_dataset.ClipDatasetBuilder, skip_registration=True):
+        name = "two"
+        LABEL_NAMES = ("dog", "cat")
+
+    tasks = [
+        dataclasses.replace(task, label=label) for task, label in zip(fixture_tasks()[:2], ("cat", "fox"), strict=True)
+    ]
+    with pytest.raises(ValueError, match="label must be one of dog, cat, got 'fox'"):
+        clip_dataset.prepare(Two, tasks, fluent_emoji.convert, Encoding(32), str(tmp_path))
+
+
+def test_clips_with_and_without_a_label_share_a_data_set(tmp_path):
+    tasks = [
+        dataclasses.replace(task, label=label)
+        for task, label in zip(fixture_tasks()[:3], ("cat", "", "ant"), strict=True)
+    ]
+    report = clip_dataset.prepare(fluent_emoji.FluentEmoji, tasks, fluent_emoji.convert, Encoding(32), str(tmp_path))
+    meta = open_source(report["path"], "+".join(report["splits"])).metadata
+    expected = {task.name: {"ant": 0, "cat": 1, "": -1}[task.label] for task in tasks}
+    assert dict(zip(meta.names, meta.labels.tolist(), strict=True)) == expected
 
 
 def test_a_caption_may_hold_any_separator_but_a_new_line(tmp_path):

@@ -89,6 +89,10 @@ def test_captions_and_the_report(report):
     words = "zero one two three four five six seven eight".split()
     for name, caption in zip(meta.names, meta.captions, strict=True):
         assert caption == f"digit {words[int(name[0])]}"
+    source = open_source(report["path"], "unseen")
+    assert source.label_names == (*words, "nine")  # by value, not by the alphabet
+    assert source.metadata.labels.tolist() == [int(name[0]) for name in source.metadata.names]
+    assert report["labels"]["four"] == {"train": 9, "unseen": 1} and report["labels"]["nine"]["train"] == 0
     assert set(meta.height) == set(meta.width) == {28} and set(meta.num_frames) == {1}
     assert len(set(meta.clip_ids.tolist())) == 90
     assert report["splits"]["train"]["num_stills"] == 81 and report["splits"]["unseen"]["num_stills"] == 9
@@ -102,6 +106,7 @@ def test_tfds_reads_it_too(report):
     np.testing.assert_array_equal(np.asarray(example["frames"])[0, ..., 0], pictures_of(4)[9])
     features = json.loads((epath.Path(report["path"]) / "features.json").read_text())
     assert '"encodingFormat": "png"' in json.dumps(features)
+    assert example["label"] == 4
 
 
 def test_what_is_finished_is_not_made_again(script, archive, report, monkeypatch, capsys):

@@ -179,8 +179,73 @@ def test_labelled_pictures_become_captioned_stills(tmp_path):
     source = open_source(build(tmp_path, features, {"train": examples}), "train")
     assert sorted(source.metadata.captions) == ["dog", "dog", "tabby cat", "tabby cat"]
     assert source.metadata.num_frames.tolist() == [1] * 4
+    assert source.label_names == ("tabby cat", "dog")
+    assert [source.label_names[label] for label in source.metadata.labels] == source.metadata.captions
     levels = {int(decode_frames(source.read_frames(i, [0]), 6, 8).mean()) for i in range(4)}
     assert levels == {0, 50, 100, 150}
+
+
+def test_labels_stand_beside_captions_and_those_out_of_range_are_none(tmp_path):
+    features = {
+        "image": tfds.features.Image(),
+        "caption": tfds.features.Text(),
+        "coarse_label": tfds.features.ClassLabel(names=["animal"]),
+        "label": tfds.features.ClassLabel(names=["tabby_cat", "dog", "red fox"]),
+    }
+    labels = [2, 0, -1, 1]  # -1 is what TFDS gives a test split without labels
+    examples = [
+        {"image": jpeg(0), "caption": f"picture {i}", "label": label, "coarse_label": 0}
+        for i, label in enumerate(labels)
+    ]
+    path = build(tmp_path, features, {"train": examples})
+    for source in (open_source(path), open_source(path)):  # from the records, then from the index
+        assert source.label_names == ("tabby cat", "dog", "red fox")
+        meta = source.metadata
+        assert dict(zip(meta.captions, meta.labels.tolist(), strict=True)) == {
+            f"picture {i}": label for i, label in enumerate(labels)
+        }
+        assert meta.labels.dtype == np.int32
+    part = open_source(path, "train[1:3]")
+    assert part.metadata.labels.tolist() == meta.labels[1:3].tolist()
+    assert meta.select(np.array([3, 0])).labels.tolist() == [meta.labels[3], meta.labels[0]]
+    names = tmp_path / "toy/2.0.0/label.labels.txt"
+    names.write_text("tabby_cat\ndog\n")  # a class fewer than the records count
+    (tmp_path / "toy/2.0.0/index-train.json").unlink()
+    assert sorted(open_source(path).metadata.labels.tolist()) == [-1, -1, 0, 1]
+    assert "tensorflow" not in sys.modules
+
+
+def test_classes_without_names_go_by_their_numbers(tmp_path):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+    path = build(tmp_path, features, {"train": [{"image": jpeg(0), "label": 2}]})
+    (tmp_path / "toy/2.0.0/label.labels.txt").unlink(missing_ok=True)
+    source = open_source(path)
+    assert source.label_names == ("0", "1", "2") and source.metadata.labels.tolist() == [2]
+
+
+def test_a_data_set_without_labels_has_none(clips):
+    source = open_source(clips)
+    assert source.label_names == () and source.metadata.labels.tolist() == [-1] * 5
+
+
+def test_an_index_from_before_there_were_labels_is_made_again(tmp_path, monkeypatch):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+    path = build(tmp_path, features, {"train": [{"image": jpeg(0), "label": i % 2} for i in range(3)]})
+    labels = open_source(path).metadata.labels.tolist()
+    index = tmp_path / "toy/2.0.0/index-train.json"
+    old = json.loads(index.read_text())
+    assert old.pop("labels") == labels and sorted(labels) == [0, 0, 1]
+    index.write_text(json.dumps(old | {"version": 1}))
+
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sora_jax.data.sources.write_index", refuse)
+        assert open_source(path).metadata.labels.tolist() == labels
+    assert json.loads(index.read_text())["version"] == 1
+    assert open_source(path).metadata.labels.tolist() == labels
+    assert json.loads(index.read_text())["version"] == 2
 
 
 def test_a_video_feature_is_read(tmp_path):

@@ -1,8 +1,8 @@
 """A folder of videos, animations and pictures with a `captions.jsonl`, as a data set.
 
-Each line of `captions.jsonl` is an object with `file` (relative to the folder), `caption`, and optionally `split`.
-Files without a line, lines without a file, lines that are not as they should be, and files that cannot be read whole
-are left out and named.
+Each line of `captions.jsonl` is an object with `file` (relative to the folder), `caption`, and optionally `split` and
+`label`, the name of the file's class, which every line has or none. Files without a line, lines without a file, lines
+that are not as they should be, and files that cannot be read whole are left out and named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from etils import epath
 from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten, iterate_animation, iterate_video
-from sora_jax.data.records import ClipRecord, picture_size
+from sora_jax.data.records import ClipRecord, label_words, picture_size
 
 MANIFEST = "captions.jsonl"
 PICTURES = (".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -46,12 +46,12 @@ def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str
         `reason`.
 
     Raises:
-        ValueError: the file is missing or lists nothing.
+        ValueError: the file is missing or lists nothing, or some of its lines have a label and others none.
     """
     example = 'write one line a file, such as {"file": "cat.mp4", "caption": "a cat jumps"}.'
     if not path.is_file():
         raise ValueError(f"{path} is missing: {example}")
-    entries, skipped = [], []
+    entries, skipped, labelled = [], [], {}
     # Bytes, since only these are lines to JSON: text has other separators, which may stand in a caption.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
@@ -70,20 +70,27 @@ def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str
             skipped.append({"file": file, "reason": f"bad line: {place}: {error}"})
         else:
             entries.append(entry)
+            labelled.setdefault("label" in entry, number)
     if not entries and not skipped:
         raise ValueError(f"{path} lists nothing: {example}")
+    if len(labelled) == 2:
+        raise ValueError(
+            f"{path}, line {labelled[False]} has no label, line {labelled[True]} has one; give all or none."
+        )
     return entries, skipped
 
 
 def _check_entry(entry: Any) -> None:
     """Raises ValueError unless a line has the keys it needs, no other, and strings for values."""
-    if not isinstance(entry, dict) or not {"file", "caption"} <= set(entry) <= {"file", "caption", "split"}:
-        raise ValueError(f"expected an object with file, caption and perhaps split, got {entry!r}")
+    if not isinstance(entry, dict) or not {"file", "caption"} <= set(entry) <= {"file", "caption", "split", "label"}:
+        raise ValueError(f"expected an object with file, caption and perhaps split and label, got {entry!r}")
     for key, value in entry.items():
         if not isinstance(value, str) or (key != "caption" and not value):
             raise ValueError(f"{key} must be a string, got {value!r}")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{key} must be whole Unicode characters, got half a pair in {value!r}")
+    if "label" in entry and not label_words(entry["label"]):
+        raise ValueError(f"label must be the name of a class, got {entry['label']!r}")
     if "split" in entry and not _SPLIT_NAME.fullmatch(entry["split"]):
         raise ValueError(f"split must be letters, digits and underscores, got {entry['split']!r}")
 
@@ -100,7 +107,8 @@ def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], 
         The tasks and what is left out (files, and lines of the manifest), as `file` and `reason`.
 
     Raises:
-        ValueError: the folder or its manifest is missing, the manifest is empty, or `unseen_share` is out of range.
+        ValueError: the folder or its manifest is missing, the manifest is empty or labels some lines only, or
+            `unseen_share` is out of range.
     """
     if not 0 <= unseen_share < 1:
         raise ValueError(f"unseen_share must be at least 0 and below 1, got {unseen_share}.")
@@ -124,7 +132,8 @@ def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], 
         else:
             unseen = not named and _draw(entry["caption"]) < unseen_share
             split = entry.get("split", "unseen" if unseen else "train")
-            tasks.append(ClipTask(len(tasks), name, str(root / name), entry["caption"], split))
+            label = label_words(entry.get("label", ""))
+            tasks.append(ClipTask(len(tasks), name, str(root / name), entry["caption"], split, label))
         seen.add(name)
     unlisted = sorted(present - seen - bad)
     skipped += [{"file": f, "reason": f"no caption: {MANIFEST} does not list it"} for f in unlisted]
