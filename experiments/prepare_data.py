@@ -210,11 +210,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(spreads)
     if "labels" in report:
         classes = Table("class", *report["splits"], "all")
-        for name, counts in report["labels"].items():
-            classes.add_row(
-                escape(name), *(f"{counts[split]:,}" for split in report["splits"]), f"{sum(counts.values()):,}"
-            )
+        for name, counts in list(report["labels"].items())[:50]:
+            numbers = [*(counts[split] for split in report["splits"]), sum(counts.values())]
+            classes.add_row(escape(name), *(f"{number:,}" for number in numbers))
         console.print(classes)
+        if len(report["labels"]) > 50:
+            console.print(f"  ... all {len(report['labels'])} classes in {report['path']}/{clip_dataset.REPORT}")
     if "train" not in report["splits"]:
         console.print(f"no split train: data.split must be one of {', '.join(report['splits'])}")
     for kind, count in report.get("num_left_out", {}).items():

@@ -27,8 +27,8 @@ EMOJI = {
     "1f438": ("Animals & Nature", (8, 16, 56, 40)),  # frog
     "1f354": ("Food & Drink", (0, 0, 64, 64)),  # hamburger
     "1f600": ("Smileys & Emotion", (20, 4, 40, 60)),  # grinning face
-    "1f468-200d-1f3a8": ("People & Body", (10, 10, 20, 20)),  # man artist
-    "1f469-200d-1f3a8": ("People & Body", (10, 10, 20, 30)),  # woman artist
+    "1f468-200d-1f692": ("People & Body", (10, 10, 20, 20)),  # man firefighter
+    "1f469-200d-1f692": ("People & Body", (10, 10, 20, 30)),  # woman firefighter
     "2764-fe0f": ("Smileys & Emotion", (2, 2, 60, 50)),  # red heart
 }
 GROUPS = {stem: group for stem, (group, _) in EMOJI.items()} | {"1f9b0": "Component"}
@@ -68,7 +68,7 @@ def members():
     whole = {f"assets/{stem}.webp": webp(box) for stem, (_, box) in EMOJI.items()}
     whole |= {
         "assets/1f44b-1f3ff.webp": webp((0, 0, 9, 9)),  # waving hand: dark skin tone
-        "assets/1f468-1f3fb-200d-1f3a8.webp": webp((0, 0, 9, 9)),  # man artist: light skin tone
+        "assets/1f468-1f3fb-200d-1f692.webp": webp((0, 0, 9, 9)),  # man firefighter: light skin tone
         "assets/2764.webp": webp((0, 0, 9, 9)),  # red heart, again
         "assets/1f600-ffff1.webp": webp((0, 0, 9, 9)),  # no emoji
         "assets/1f9b0.webp": webp((0, 0, 9, 9)),  # red hair, a component
@@ -186,7 +186,7 @@ def test_the_first_digits_are_split_by_their_order(prepared):
 
 def test_a_man_and_a_woman_of_one_emoji_lie_in_one_split(prepared):
     splits = split_of_names(prepared[0]["path"])
-    assert splits["3d/1f468-200d-1f3a8.webp"] == splits["3d/1f469-200d-1f3a8.webp"] == stills.split_of("artist")
+    assert splits["3d/1f468-200d-1f692.webp"] == splits["3d/1f469-200d-1f692.webp"] == stills.split_of("firefighter")
 
 
 def test_bases_are_split_in_the_shares_that_are_promised():
