@@ -147,7 +147,9 @@ def draw_sample(
         size = fit_size(height, width, long_side, patch, num_frames, data.row_length) if resize else None
     if size is None:
         return None
-    return Sample(clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced)
+    return Sample(
+        clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced=reduced
+    )
 
 
 def sample_size(
