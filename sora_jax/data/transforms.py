@@ -163,9 +163,9 @@ def sample_size(
 ) -> tuple[int, int]:
     """Draws the size of an image or clip as NaViT does (arXiv:2307.06304, section 3.2): its area is a side squared.
 
-    The side is linear in a normal number within [-1, 1], which the bounds of `sides` stand for. The paper's best has
-    the mean -0.5, which prefers small images. Deviation: nothing is enlarged; the side stops at that of the stored
-    image.
+    The side is linear in a normal number within [-1, 1], which the bounds of `sides` stand for (64 and 384 in the
+    paper). The best of those compared (Fig. 7) has the mean -0.5, which prefers small images; the runs of Fig. 1 draw
+    the side uniformly (Appendix A.1). Deviation: nothing is enlarged; the side stops at that of the stored image.
 
     Args:
         rng: of this draw.

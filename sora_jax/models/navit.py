@@ -6,13 +6,17 @@ that an image gets what it would get alone. Positions along each axis are embedd
     (1)  absolute:    phi(p),  p the index of the patch
     (2)  fractional:  phi(r),  r = p / side of the image, in patches
 
-phi is a learned table; between its rows it is linear, which an index needs not but a fraction does, and a time in
-seconds. The rows of a fractional table lie at r = 0, 1 / (n - 1), ..., 1.
+phi is a learned table; between its rows it is linear (Appendix B.1), which an index needs not but a fraction does, and
+a time in seconds. The rows of a fractional table lie at r = 0, 1 / (n - 1), ..., 1: their number is our choice. The
+paper compares the two kinds (section 3.4) and finds the sum the best way to combine the axes; both kinds in one sum are
+ours.
 
-An image is pooled by one learned query that attends to its tokens, with an MLP behind (multi-head attention pooling,
-arXiv:2106.04560, Appendix; as in big_vision: no residual around the attention). As in ViT-22B (arXiv:2302.05442),
-queries and keys are normed for each head and the projections have no biases. Deviations: the norm of queries and keys
-is RMSNorm, not LayerNorm; LayerNorms have biases. The GELU is the tanh approximation, as in the JAX code of ViT.
+Section 3 takes queries and keys that are normed and the omission of biases from ViT-22B (arXiv:2302.05442), and
+attention pooling from arXiv:2106.04560. An image is pooled by one learned query that attends to its tokens, with an MLP
+behind (as in big_vision: no residual around the attention). Queries and keys are normed for each head. Which biases
+NaViT omits is not said: ViT-22B omits those of queries, keys, values and LayerNorms; here all of attention and of the
+MLPs are left out. Deviations: the norm of queries and keys is RMSNorm, not LayerNorm; LayerNorms have biases. The GELU
+is the tanh approximation, as in the JAX code of ViT.
 """
 
 from __future__ import annotations
