@@ -61,7 +61,7 @@ def jaxpr_flops(jaxpr: Jaxpr) -> int:
         elif name == "cond":
             total += max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = sum(jaxpr_flops(sub) for sub in _sub_jaxprs(params))
+            inner = sum(jaxpr_flops(sub) for sub in sub_jaxprs(params))
             if name == "while" and inner:
                 raise ValueError("a while loop with matrix products has no length that tracing could know.")
             times = {"scan": params.get("length", 1), "pallas_call": _grid_size(params)}.get(name, 1)
@@ -69,8 +69,8 @@ def jaxpr_flops(jaxpr: Jaxpr) -> int:
     return total
 
 
-def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """Yields the jaxprs that an equation calls; of a custom derivative, the function itself and not its rules."""
+def sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """Yields the jaxprs in an equation's params; of a custom derivative, the function itself and not its rules."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):

@@ -28,6 +28,28 @@ def test_matrix_product_scan_and_convolution():
     assert count_flops(convolve, image, kernel) == 2 * (2 * 8 * 8 * 16) * (3 * 3 * 3)
 
 
+def test_convolutions_in_groups_with_strides_and_their_gradients():
+    image, kernel = jnp.zeros((2, 9, 7, 6)), jnp.zeros((3, 2, 2, 12))  # three groups: two channels into four each
+    convolve = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (2, 3), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+    )
+    assert jax.eval_shape(convolve, image, kernel).shape == (2, 4, 2, 12)
+    forward = 2 * (2 * 4 * 2 * 12) * (3 * 2 * 2)
+    assert count_flops(convolve, image, kernel) == forward
+    # XLA's count: nothing here is padded, so it is the same.
+    assert jax.jit(convolve).lower(image, kernel).compile().cost_analysis()["flops"] == forward
+
+    # Without strides the kernel's gradient is as many products, as a convolution with batch groups.
+    convolve = lambda k: jax.lax.conv_general_dilated(  # noqa: E731
+        image, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+    )
+    back = lambda k, y: jax.vjp(convolve, k)[1](y)  # noqa: E731
+    jaxpr = jax.make_jaxpr(back)(kernel, jnp.zeros((2, 7, 6, 12)))
+    groups = [eqn.params.get("batch_group_count") for eqn in jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+    assert sorted(groups) == [1, 3]
+    assert count_flops(back, kernel, jnp.zeros((2, 7, 6, 12))) == 2 * 2 * (2 * 7 * 6 * 12) * (3 * 2 * 2)
+
+
 def test_loop_of_unknown_length_is_refused():
     loop = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)  # noqa: E731
     with pytest.raises(ValueError, match="while loop"):
