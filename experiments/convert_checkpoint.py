@@ -78,7 +78,7 @@ class DDPMCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ViTCommand:
-    """A ViT from an official .npz file, or in the layout of transformers, as `load_vit` reads it.
+    """A ViT, hybrid or not, from an official .npz file or in the layout of transformers or timm, for `load_vit`.
 
     Attributes:
         source: .npz file; or a directory with config.json and model.safetensors or pytorch_model.bin, or that file.

@@ -1,7 +1,8 @@
 """ViT's published weights into `sora_jax.models.vit`, and ours into the official layout.
 
-Two layouts are read: the `.npz` files of the official JAX code (google-research/vision_transformer), and the
-`ViTForImageClassification` of transformers (`config.json` beside `model.safetensors` or `pytorch_model.bin`).
+Three layouts are read: the `.npz` files of the official JAX code (google-research/vision_transformer), and, with a
+`config.json` beside `model.safetensors` or `pytorch_model.bin`, the `ViTForImageClassification` of transformers and the
+`VisionTransformer` of timm. Those of the official code and of timm may be hybrids (`sora_jax.convert.vit_hybrid`).
 
 The values of a patch run in the order y, x, channel in the official kernel (P, P, C, D) as in
 `sora_jax.patches.patchify`, so the official tensors are reshaped and nothing else. PyTorch's are transposed first.
@@ -9,6 +10,7 @@ The values of a patch run in the order y, x, channel in the official kernel (P, 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -26,6 +28,7 @@ from flax import traverse_util
 from sora_jax.array_types import NumpyArray, PyTree
 from sora_jax.config import to_json
 from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.convert.vit_hybrid import TIMM_STEM_EPS, flat_group_norms, npz_stem, timm_to_npz
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
 
@@ -141,6 +144,9 @@ def npz_config(state: Mapping[str, NumpyArray], image_size: tuple[int, int] | No
         return state[name].shape
 
     patch, _, channels, width = shape("embedding/kernel", 4)
+    stem = npz_stem(state)
+    if stem is not None:
+        patch, channels = patch * stem.stride, shape("conv_root/kernel", 4)[2]
     positions = "Transformer/posembed_input/pos_embedding"
     num_places = shape(positions, 3)[1] - ("cls" in state)
     if image_size is None:
@@ -161,6 +167,7 @@ def npz_config(state: Mapping[str, NumpyArray], image_size: tuple[int, int] | No
         representation_dim=shape("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in state else 0,
         num_classes=shape("head/kernel", 2)[1] if "head/kernel" in state else 0,
         exact_gelu=False,
+        stem=stem,
     )
 
 
@@ -171,7 +178,7 @@ def from_npz(state: Mapping[str, NumpyArray], config: ViTConfig) -> PyTree:
         ValueError: like `gather_tensors`.
     """
     shapes = _shapes(config)
-    tensors = gather_tensors(state, _npz_sources(config, shapes), shapes, "ViT .npz weights")
+    tensors = gather_tensors(flat_group_norms(state), _npz_sources(config, shapes), shapes, "ViT .npz weights")
     return traverse_util.unflatten_dict(tensors, sep=".")
 
 
@@ -288,8 +295,9 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
 
     Args:
         source: an official `.npz` file; or a directory with `config.json` and `model.safetensors` (taken first) or
-            `pytorch_model.bin` of a `ViTForImageClassification`, or that file of weights beside its config.
-        image_size: (height, width) of an official model whose images are not square; None where they are.
+            `pytorch_model.bin` of a `ViTForImageClassification` or of timm's `VisionTransformer` (which has the exact
+            GELU and another epsilon in its stem), or that file of weights beside its config.
+        image_size: (height, width) of an official or a timm model whose images are not square; None where they are.
 
     Returns:
         The contents of the files that `load_vit` reads, by name.
@@ -302,11 +310,14 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
     if source.suffix != ".npz":
         values, state, weights = read_torch_model(source, "ViT")
         try:
-            head = state.get("classifier.bias")
-            config = torch_config(values, 0 if head is None else len(head))
-            shapes, kernel = _shapes(config), (config.patch_size, config.patch_size)
-            sources = torch_sources(shapes, kernel, config.depth, "vit.")
-            tensors = gather_tensors(state, sources, shapes, "ViT weights")
+            if "patch_embed.proj.weight" in state:
+                config, tensors = _from_timm(state, image_size)
+            else:
+                head = state.get("classifier.bias")
+                config = torch_config(values, 0 if head is None else len(head))
+                shapes, kernel = _shapes(config), (config.patch_size, config.patch_size)
+                sources = torch_sources(shapes, kernel, config.depth, "vit.")
+                tensors = gather_tensors(state, sources, shapes, "ViT weights")
         except ValueError as error:
             raise ValueError(f"{weights} cannot be converted: {error}") from error
     else:
@@ -319,6 +330,17 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
         except ValueError as error:
             raise ValueError(f"{source} cannot be converted: {error}") from error
     return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(config).encode()}
+
+
+def _from_timm(
+    state: Mapping[str, NumpyArray], image_size: tuple[int, int] | None
+) -> tuple[ViTConfig, dict[str, NumpyArray]]:
+    """Returns config and flat parameters from the tensors of a `VisionTransformer` of timm, computed as timm does."""
+    state = timm_to_npz(state)
+    config = dataclasses.replace(npz_config(state, image_size), exact_gelu=True)
+    if config.stem is not None:
+        config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, norm_eps=TIMM_STEM_EPS))
+    return config, flat_names(from_npz(state, config))
 
 
 def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
@@ -397,11 +419,14 @@ def _npz_sources(config: ViTConfig, shapes: Mapping[str, tuple[int, ...]]) -> di
                 shape = (*shape[:-1], *heads)
             elif name.endswith("self_attention.out.kernel"):
                 shape = (*heads, config.width)
+        elif name.startswith("stem."):
+            names = (name.removeprefix("stem.").replace(".", "/"),)
         else:
             layer, leaf = name.rsplit(".", 1)
             names = (f"{_NPZ_LAYERS[layer]}/{leaf}",)
             if name == "patch_embedding.kernel":
-                shape = (config.patch_size, config.patch_size, config.channels, config.width)
+                side = config.patch_size if config.stem is None else config.patch_size // config.stem.stride
+                shape = (side, side, shape[0] // side**2, config.width)
         sources[name] = Source(names, shape, tuple(range(len(shape))))
     return sources
 

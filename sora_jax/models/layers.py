@@ -70,14 +70,22 @@ def conv(
     )
 
 
-def group_norm(*, name: str, num_groups: int, eps: float) -> nn.GroupNorm:
-    """Returns a group norm (arXiv:1803.08494) over an image and a group of its channels, computed in float32."""
+def group_norm(*, name: str, num_groups: int, eps: float, zero: bool = False) -> nn.GroupNorm:
+    """Returns a group norm (arXiv:1803.08494) over an image and a group of its channels, computed in float32.
+
+    Args:
+        name: of its parameters.
+        num_groups: a divisor of the channels.
+        eps: epsilon.
+        zero: its scale starts at zero instead of one.
+    """
+    scale_init = nn.initializers.zeros_init() if zero else nn.initializers.ones_init()
     return nn.GroupNorm(
         num_groups=num_groups,
         epsilon=eps,
         dtype=jnp.float32,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where a group's mean is large
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("width",)),
+        scale_init=nn.with_logical_partitioning(scale_init, ("width",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("width",)),
         name=name,
     )

@@ -4,7 +4,8 @@
     (2)  z_l = blocks of self-attention and MLP, each behind a norm (pre-norm)
     (3)  y   = norm(z_L), the class token's or the mean of all patches', then the head
 
-What is published and not here: dropout, and the hybrid stem (a ResNet before the patches).
+With `stem`, x is cut from the features of a ResNet instead of the pixels (the hybrids of section 3.1).
+What is published and not here: dropout.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense, layer_norm
+from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
 from sora_jax.models.weights import check_shapes, read_model
 from sora_jax.patches.patchify import patchify
@@ -36,7 +38,8 @@ class ViTConfig:
 
     Attributes:
         image_size: (height, width) in pixels.
-        patch_size: side of a patch in pixels.
+        patch_size: side of a patch in pixels; with a stem, a multiple of its stride (its features' patches have this
+            side over that stride).
         channels: values of a pixel.
         width: size of a token inside the model.
         depth: number of blocks.
@@ -50,6 +53,7 @@ class ViTConfig:
         dtype: of the computation; parameters, norms, softmax and head stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
         attention: kernel (see `sora_jax.models.attention`).
+        stem: the ResNet of a hybrid, or None.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -67,6 +71,7 @@ class ViTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["xla", "blockwise"] = "xla"
+    stem: ResNetStemConfig | None = None
 
     def __post_init__(self) -> None:
         for field in ("patch_size", "channels", "width", "depth", "num_heads", "mlp_dim"):
@@ -77,6 +82,9 @@ class ViTConfig:
         check(whole, self, "image_size", f"(height, width), positive multiples of patch_size {self.patch_size}")
         check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
         check(self.norm_eps > 0, self, "norm_eps", "positive")
+        if self.stem is not None:
+            whole = self.patch_size % self.stem.stride == 0
+            check(whole, self, "patch_size", f"a multiple of the stem's stride {self.stem.stride}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -95,6 +103,14 @@ _PATCHES = {"ti": (16,), "s": (32, 16), "b": (32, 16), "l": (32, 16), "h": (14,)
 # arXiv:2010.11929, table 1, with the smaller ones of arXiv:2106.10270, table 2.
 VIT_SIZES: dict[str, ViTConfig] = {
     f"vit_{size}_{patch}": ViTConfig(patch_size=patch, **_WIDTHS[size]) for size in _WIDTHS for patch in _PATCHES[size]
+}
+# The hybrids of the official code. Its "R+ViT-Ti/16" has 8x8 patches of features of stride 4, which are 32 pixels.
+VIT_SIZES |= {
+    "vit_r_ti_32": ViTConfig(patch_size=32, **_WIDTHS["ti"], stem=ResNetStemConfig(())),
+    "vit_r26_s_32": ViTConfig(patch_size=32, **_WIDTHS["s"], stem=ResNetStemConfig((2, 2, 2, 2))),
+    "vit_r26_b_32": ViTConfig(patch_size=32, **_WIDTHS["b"], stem=ResNetStemConfig((2, 2, 2, 2))),
+    "vit_r50_b_16": ViTConfig(patch_size=16, **_WIDTHS["b"], stem=ResNetStemConfig((3, 4, 9))),
+    "vit_r50_l_32": ViTConfig(patch_size=32, **_WIDTHS["l"], stem=ResNetStemConfig((3, 4, 6, 3))),
 }
 
 
@@ -166,9 +182,11 @@ class ViT(nn.Module):
                 f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
                 "sora_jax.models.vit.resize_images makes a model for another size."
             )
+        features, side = images, c.patch_size
+        if c.stem is not None:
+            features, side = ResNetStem(c.stem, c.dtype, name="stem")(images), c.patch_size // c.stem.stride
         # An image is a clip of one frame.
-        patch = (1, c.patch_size, c.patch_size)
-        patches = jax.vmap(functools.partial(patchify, patch_size=patch))(images[:, None])  # (B, L, P)
+        patches = jax.vmap(functools.partial(patchify, patch_size=(1, side, side)))(features[:, None])  # (B, L, P)
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
         sublayers = encoder_sublayers(
             {"self_attention": self.attention_fn or attention_kernel(c.attention)},

@@ -217,8 +217,8 @@ def init_from_vit(
         The parameters of `ViViT(config)`, unboxed.
 
     Raises:
-        ValueError: an unknown `embedding`, or an image model of another width, depth, number of heads, size of MLP or
-            of patch, number of channels, or without the class token that Models 1 and 2 have.
+        ValueError: an unknown `embedding`, or an image model with a stem, of another width, depth, number of heads,
+            size of MLP or of patch, number of channels, or without the class token that Models 1 and 2 have.
     """
     if embedding not in ("central_frame", "inflation"):
         raise ValueError(f"embedding must be 'central_frame' or 'inflation', got {embedding!r}.")
@@ -229,6 +229,8 @@ def init_from_vit(
     for name, (image, video) in {**pairs, "patch_size": (patch, config.tubelet_size[1:])}.items():
         if image != video:
             raise ValueError(f"the image model's {name} must be the ViViT's {video}, got {image}.")
+    if vit_config.stem is not None:
+        raise ValueError("the image model must cut pixels into patches, not a stem's features.")
     class_token = config.model in (1, 2)
     if class_token and vit_config.pooling != "token":
         raise ValueError(f"Model {config.model} needs an image model with pooling 'token', got {vit_config.pooling!r}.")
