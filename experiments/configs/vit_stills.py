@@ -23,9 +23,9 @@ def config() -> ClassificationConfig:
             learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99, final_share=0.01
         ),
         test_sides=(12, 16, 20, 24, 32, 40, 48, 64),
-        num_steps=1200,
+        num_steps=1000,
         log_every=20,
-        eval_every=60,
+        eval_every=100,
         eval_batches=64,
-        save_every=300,
+        save_every=250,
     )
