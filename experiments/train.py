@@ -49,7 +49,7 @@ class Arguments:
         name: name of a file in experiments/configs/ or path of a Python file; comes first.
         config: the values of that config; each can be set.
         workdir: directory of the run (default: runs/ and the config's name).
-        init_from: run or exported model whose parameters a new run starts from.
+        init_from: run, exported model or (for ViT and ViViT) converted weights that a new run starts from.
         dry_run: only check the config and print the model's parameters, tokens and FLOPs a step and the mesh.
         json: write the figures of the report, or of --dry-run, to this file.
         multihost: this is one of several hosts, each running this command (jax.distributed.initialize()).
@@ -327,7 +327,7 @@ def train_one(
         setup.config,
         workdir,
         setup.open_batches,
-        init_from=init_from,
+        init_from=setup.initial_params(init_from) if init_from else None,
         sample_sheet=setup.sample_sheet,
         attention_for=setup.attention_for,
         console=console,

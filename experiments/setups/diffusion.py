@@ -59,6 +59,10 @@ class DiffusionSetup:
         self._task = diffusion_task(config)
         self._held_out = held_out_examples(config)  # before a run that could not be scored
 
+    def initial_params(self, path: str) -> str:
+        """Returns where the parameters are that a new run starts from: a run or an exported model of its own kind."""
+        return path
+
     def open_batches(self, split: str, training: bool) -> ExampleBatches:
         """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
         return ExampleBatches(

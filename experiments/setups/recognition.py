@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +18,17 @@ from tqdm import tqdm
 from setups import packed
 from setups.study import Report
 from sora_jax.array_types import Array, PyTree
+from sora_jax.data.recognition import FixedSize
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
 from sora_jax.generation.video_io import write_whole
+from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
 from sora_jax.models.navit import NaViTConfig, check_positions
-from sora_jax.models.vit import ViTConfig, resize_images
-from sora_jax.models.vivit import ViViTConfig
+from sora_jax.models.vit import ViTConfig, load_vit, resize_images
+from sora_jax.models.vivit import ViViTConfig, load_vivit
+from sora_jax.models.weights import CONFIG_FILE
 from sora_jax.patches.positions import grid_positions
+from sora_jax.training import streams
 from sora_jax.training.checkpoint import load_model
 from sora_jax.training.flops import step_flops
 from sora_jax.training.state import abstract_params
@@ -88,6 +93,23 @@ class RecognitionSetup:
         """Returns the attention kernel that needs a mesh, where the config names one."""
         return packed.attention_for(self.config, mesh)
 
+    def initial_params(self, path: str) -> str | Callable[[], PyTree]:
+        """Returns what gives the parameters that a new run starts from; see `sora_jax.models.fine_tune.start_from`.
+
+        Args:
+            path: of a run or an exported model of ViT, ViViT or NaViT, or of converted weights; of a contrastive run
+                for another one.
+        """
+        if isinstance(self.config, ContrastiveConfig):
+            return path
+
+        def params() -> PyTree:
+            source, params = read_recognition_model(path)
+            key = streams.derive(self.config.seed, 0, streams.INIT)
+            return start_from(self.config.model, source, params, key)
+
+        return params
+
     def selection_score(self) -> float:
         """Returns the headline of the finished run on the split that learning rates are compared on."""
         return self._score(self._params(), self.config.selection_split)[self.headline[0]]
@@ -107,9 +129,8 @@ class RecognitionSetup:
         for other in self.config.data.eval_splits[1:]:
             figures[f"{key}/{other}"] = self._score(params, other)[key]
         if self.config.test_sides:
-            sides = tqdm(self.config.test_sides, desc="sizes", unit="size", delay=2.0)
             figures["test_sides"] = list(self.config.test_sides)
-            figures["score_at_sides"] = [self._score(params, split, side)[key] for side in sides]
+            figures["score_at_sides"] = [self._score(params, split, side)[key] for side in self.config.test_sides]
         figures |= self._costs(split)
         write_whole(self._workdir / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
         return figures
@@ -146,6 +167,24 @@ class RecognitionSetup:
             "evaluated_flops": [float(flops * step) for step, _ in curve],
             "evaluated_scores": [value for _, value in curve],
         }
+
+
+def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
+    """Returns config and parameters of a network: of a run, an exported model or converted weights.
+
+    Raises:
+        FileNotFoundError: there is no model at `path`.
+        ValueError: what is there is no ViT, ViViT or NaViT, or cannot be read.
+    """
+    file = epath.Path(path) / CONFIG_FILE
+    if not file.exists():  # a checkpoint of a run, or nothing
+        file = epath.Path(path).parent.parent / CONFIG_FILE
+    keys = json.loads(file.read_text()) if file.exists() else {}
+    if "optimizer" not in keys:
+        return load_vivit(path) if "tubelet_size" in keys else load_vit(path)
+    kind = ContrastiveConfig if "embedding_dim" in keys else ClassificationConfig
+    config, params = load_model(path, kind=kind)
+    return config.model, params["image"] if kind is ContrastiveConfig else params
 
 
 def check_source(config: RecognitionConfig, source: ClipSource) -> None:
@@ -205,12 +244,14 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
     """
     task = recognition_task(config)
     params = jax.device_put(params)
+    size = config.data.sampling.size if isinstance(config.data.sampling, FixedSize) else config.data.sampling.sides[1:]
+    label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"
     contrastive = isinstance(config, ContrastiveConfig)
     function = task.embeddings if contrastive else lambda params, batch: (task.outputs(params, batch).logits,)
     compiled = jax.jit(function)
     parts: list[tuple[Array, ...]] = []
     with packed.open_pipeline(config, captions, split, training=False) as batches:
-        for batch in tqdm(batches, desc=f"scoring {split}", unit="batch", delay=2.0):
+        for batch in tqdm(batches, desc=label, unit="batch", delay=2.0, leave=False):
             there = batch.clip_ids >= 0
             out = jax.device_get(compiled(params, batch))
             parts.append((*(x[there] for x in out[:2]), batch.labels[there]))

@@ -44,6 +44,10 @@ class SoraSetup:
             lambda: packed.caption_table(data, config.model.text_dim, splits, workdir, console)
         )
 
+    def initial_params(self, path: str) -> str:
+        """Returns where the parameters are that a new run starts from: a run or an exported model of its own kind."""
+        return path
+
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""
         return packed.open_pipeline(self.config, self._captions(), split, training)

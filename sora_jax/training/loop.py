@@ -118,7 +118,7 @@ def train(
     workdir: epath.PathLike,
     open_batches: OpenBatches,
     *,
-    init_from: epath.PathLike | None = None,
+    init_from: epath.PathLike | Callable[[], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
     attention_for: Callable[[Mesh], AttentionFn | None] | None = None,
     console: rich.console.Console | None = None,
@@ -129,8 +129,8 @@ def train(
         config: of the experiment.
         workdir: of the run (see `sora_jax.training.run_directory`).
         open_batches: opens a split.
-        init_from: a run or an exported model whose averaged parameters a new run starts from; an old run goes on
-            from its own checkpoint.
+        init_from: a run or an exported model whose averaged parameters a new run starts from, or a function that
+            returns parameters; an old run goes on from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
         attention_for: makes an attention kernel for the mesh, where the config's needs one.
         console: for progress.
@@ -345,10 +345,11 @@ def _next_batch(batches: Batches, split: str) -> PyTree:
         raise ValueError(f"split {split!r} gave no more batches; is it empty?") from None
 
 
-def _initial_params(task: Task, init_from: epath.PathLike | None) -> PyTree | None:
+def _initial_params(task: Task, init_from: epath.PathLike | Callable[[], PyTree] | None) -> PyTree | None:
     """Returns the parameters to start from, None for fresh ones."""
     if init_from is None:
         return None
-    params = load_model(init_from, kind=type(task.config))[1]
-    check_shapes(params, abstract_params(task), f"init_from {init_from}")
+    params = init_from() if callable(init_from) else load_model(init_from, kind=type(task.config))[1]
+    name = "what init_from gives" if callable(init_from) else f"init_from {init_from}"
+    check_shapes(params, abstract_params(task), name)
     return params

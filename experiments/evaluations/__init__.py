@@ -1,0 +1,1 @@
+"""What `evaluate.py` measures, a kind of score a file."""
