@@ -146,7 +146,8 @@ def draw_recognition_sample(
         speed, label,
     )  # fmt: skip
     if isinstance(data.sampling, FixedSize):
-        return dataclasses.replace(sample, height=data.sampling.size[0], width=data.sampling.size[1])
+        sample = dataclasses.replace(sample, height=data.sampling.size[0], width=data.sampling.size[1])
+        return sample if sample.num_tokens(patch) <= data.row_length else TOO_LARGE
 
     sampling = data.sampling
     try:
