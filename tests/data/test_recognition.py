@@ -78,7 +78,7 @@ def test_classes_and_speeds_are_labels():
     assert draw(FIXED, label=2).label == 2
     assert draw(FIXED, label=-1) == NO_LABEL
     assert draw(dataclasses.replace(FIXED, label="none"), label=2).label == -1
-    data = dataclasses.replace(FIXED, label="speed", speeds=(0.5, 2.0, -1.0), num_frames=4, fps=6.0)
+    data = dataclasses.replace(FIXED, label="speed", speeds=(0.5, 2.0, -1.0), num_frames=4, fps=6.0, row_length=32)
     samples = [draw(data, seed, label=-1) for seed in range(60)]
     assert {(s.label, s.speed) for s in samples} == {(0, 0.5), (1, 2.0), (2, -1.0)}
     counts = np.bincount([s.label for s in samples])

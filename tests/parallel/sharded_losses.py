@@ -1,5 +1,9 @@
-"""Prints, as JSON, the losses of a few updates on each of several meshes. Run with eight fake devices."""
+"""Prints, as JSON, the losses of a few updates on each of several meshes, of the kinds of runs that are named.
 
+Run with eight fake devices.
+"""
+
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,6 +13,7 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "training"))
+import tiny_recognition
 import tiny_run
 
 from sora_jax.config import MeshConfig, StillsConfig
@@ -53,10 +58,10 @@ def losses(config, random_batch, kernel_of, mesh):
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     evaluate = make_eval_step(task, mesh, shardings.params)
     index = jax.device_put(np.int32(0), rules.replicated(mesh))
-    total, weight = evaluate(state.ema_params, to_global(batch, flat), to_global(rows, flat), index)
+    loss = evaluate(state.ema_params, to_global(batch, flat), to_global(rows, flat), index)
     kernel = kernel_of(state.params)
     share = kernel.addressable_shards[0].data.size / kernel.size
-    return {"losses": found, "held_out": float(total / weight), "share": share}
+    return {"losses": found, "held_out": float(loss.total / loss.weight), "share": share}
 
 
 def main():
@@ -71,7 +76,16 @@ def main():
         ),
         "images": functools.partial(losses, DIGITS, random_images, lambda p: p["network"]["dense_0"]["kernel"]),
     }
-    found = {kind: {name: run(mesh) for name, mesh in meshes.items()} for kind, run in runs.items()}
+    for kind, config, network in (
+        ("packed images", tiny_recognition.NAVIT, lambda p: p),
+        ("pairs", tiny_recognition.PAIRS, lambda p: p["image"]),
+    ):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+        kernel_of = functools.partial(lambda network, p: network(p)["blocks"]["mlp"]["mlp"]["fc1"]["kernel"], network)
+        runs[kind] = functools.partial(losses, config, tiny_recognition.random_batch, kernel_of)
+    found = {
+        kind: {name: run(mesh) for name, mesh in meshes.items()} for kind, run in runs.items() if kind in sys.argv[1:]
+    }
     print(json.dumps({"devices": len(devices), **found}))
 
 

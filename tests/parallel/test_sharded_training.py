@@ -11,14 +11,24 @@ SCRIPT = pathlib.Path(__file__).parent / "sharded_losses.py"
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(request):
+    """The losses of some kinds of runs; a process for each list of them."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *request.param], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["clips", "images"])
+SOME, OTHERS = ["clips", "images"], ["packed images", "pairs"]
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [(SOME, kind) for kind in SOME] + [pytest.param(OTHERS, kind, marks=pytest.mark.slow) for kind in OTHERS],
+    indirect=["found"],
+)
 def test_eight_devices_give_the_losses_of_one(found, kind):
     """The batch is split over both axes of the mesh, the parameters over one of them."""
     assert found["devices"] == 8

@@ -116,8 +116,8 @@ def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: RecognitionDa
     """Raises ValueError where the rows of the data are not what a model takes, naming both sizes."""
     if isinstance(model, NaViTConfig):
         check(isinstance(data.sampling, NativeSize), data, "sampling", "a NativeSize for NaViT")
-        largest = min(data.sampling.sides[1] ** 2 / (patch.size[1] * patch.size[2]), data.row_length)
-        tokens = round(largest * -(-data.num_frames // patch.size[0]))
+        frames = -(-data.num_frames // patch.size[0])
+        tokens = round(frames * data.sampling.sides[1] ** 2 / (patch.size[1] * patch.size[2]))
         works = f"at least the {tokens} patches of the largest sample where oversize is 'skip'"
         check(data.oversize == "resize" or data.row_length >= tokens, data, "row_length", works)
         return
