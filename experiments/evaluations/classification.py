@@ -137,7 +137,7 @@ def multi_view_score(config: ClassificationConfig, params: PyTree, options: Clas
         size = (max(round(int(meta.height[clip]) * scale), height), max(round(int(meta.width[clip]) * scale), width))
         for index, speed in enumerate(data.speeds if data.label == "speed" else data.speeds[:1]):
             label = index if data.label == "speed" else int(meta.labels[clip])
-            length = (model.num_frames - 1) * abs(speed) / data.fps
+            length = (model.num_frames - 1) * max(map(abs, data.speeds)) / data.fps
             if label < 0 or (data.label == "speed" and length > seconds + 1e-3):
                 left_out += 1
                 continue

@@ -26,6 +26,7 @@ from sora_jax.patches.rows import fill_row, stack_rows
 
 _LOGGER = logging.getLogger(__name__)
 RGB = 3  # channels of a decoded clip
+MOST_TOLD = 5  # clips that are named of those left out for one reason
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class PipelineStatistics:
         real_tokens: patches in them that are not padding.
         tokens: patches they have room for.
         waited_seconds: time that `next` took.
-        skipped: how often each (clip name, reason) was left out. The first time of each is logged as a warning.
+        skipped: how often each (clip name, reason) was left out. The first few of each reason are logged as warnings.
         num_reduced: samples made smaller because they had more patches than a row; the first time is logged.
         worker_cpu_seconds: processor time of each worker process, by its process id.
     """
@@ -186,7 +187,11 @@ class PackedPipeline(Iterator[PackedBatch]):
         stats = self.statistics
         for (name, reason), count in made.skipped.items():
             if (name, reason) not in stats.skipped:
-                _LOGGER.warning("clip %r left out: %s", name, reason)
+                told = sum(why == reason for _, why in stats.skipped)
+                if told < MOST_TOLD:
+                    _LOGGER.warning("clip %r left out: %s", name, reason)
+                elif told == MOST_TOLD:
+                    _LOGGER.warning("more clips left out: %s; they are counted in the end", reason)
             stats.skipped[name, reason] += count
         if made.num_reduced and not stats.num_reduced:
             _LOGGER.warning(

@@ -14,7 +14,7 @@ from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import TokenDrop, kept_tokens
 
 NO_LABEL = "its data set gives it no label"
-TOO_SHORT = "shorter than data.num_frames at data.fps and its speed"
+TOO_SHORT = "shorter than data.num_frames at data.fps and the highest of data.speeds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +137,11 @@ def draw_recognition_sample(
     if data.label == "class" and label < 0:
         return NO_LABEL
     label = {"class": label, "speed": index, "none": -1}[data.label]
-    length = (data.num_frames - 1) * abs(speed) / data.fps  # seconds from the first frame to the last
-    room = (clip_frames - 1) / clip_fps - length
-    if data.label == "speed" and room < -1e-3:
+    # Seconds from the first frame to the last; a clip that is too short for one of the speeds would tell the others.
+    whole, length = (clip_frames - 1) / clip_fps, (data.num_frames - 1) / data.fps
+    if data.label == "speed" and whole + 1e-3 < length * max(map(abs, data.speeds)):
         return TOO_SHORT
+    room = whole - length * abs(speed)
     sample = Sample(
         clip, start * max(room, 0.0), data.num_frames, data.fps, height, width, bool(dropped < data.caption_dropout),
         speed, label,

@@ -28,6 +28,7 @@ SOME, OTHERS = ["clips", "images"], ["packed images", "pairs"]
     ("found", "kind"),
     [(SOME, kind) for kind in SOME] + [pytest.param(OTHERS, kind, marks=pytest.mark.slow) for kind in OTHERS],
     indirect=["found"],
+    ids=[*SOME, *OTHERS],
 )
 def test_eight_devices_give_the_losses_of_one(found, kind):
     """The batch is split over both axes of the mesh, the parameters over one of them."""
