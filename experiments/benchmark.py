@@ -7,6 +7,7 @@ Examples:
     python experiments/benchmark.py packing --data.path data/fluent_emoji --row-lengths 512 --rows 1000 --num-steps 3
     python experiments/benchmark.py data --data.path data/fluent_emoji --json data.json
     python experiments/benchmark.py samplers --reference-steps 200
+    python experiments/benchmark.py waste --path data/stills/1.0.0 --row-lengths 1024
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import sys
 
 import tyro
-from benchmarks import data, packing, samplers
+from benchmarks import data, packing, samplers, waste
 
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -23,6 +24,7 @@ SUITES = {
     "packing": (packing.PackingOptions, packing.run),
     "data": (data.DataOptions, data.run),
     "samplers": (samplers.SamplersOptions, samplers.run),
+    "waste": (waste.WasteOptions, waste.run),
 }
 
 
