@@ -157,9 +157,7 @@ class ClassConditionalTask:
             del time  # of each token; the model takes that of each segment
             times = steps.astype(jnp.float32)
             patches = x.reshape(shape)
-            out = self.model.apply(
-                {"params": params}, patches, batch.positions, batch.segment_ids, times, batch.labels
-            )
+            out = self.model.apply({"params": params}, patches, batch.positions, batch.segment_ids, times, batch.labels)
             out = out.reshape(-1, out.shape[-1])
             if process.variance != "learned":
                 return out
