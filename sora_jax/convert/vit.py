@@ -28,7 +28,7 @@ from flax import traverse_util
 from sora_jax.array_types import NumpyArray, PyTree
 from sora_jax.config import to_json
 from sora_jax.convert.torch_reader import read_state_dict
-from sora_jax.convert.vit_hybrid import TIMM_STEM_EPS, flat_group_norms, npz_stem, timm_to_npz
+from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, flat_group_norms, npz_stem, timm_to_npz
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
 
@@ -296,7 +296,7 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
     Args:
         source: an official `.npz` file; or a directory with `config.json` and `model.safetensors` (taken first) or
             `pytorch_model.bin` of a `ViTForImageClassification` or of timm's `VisionTransformer` (which has the exact
-            GELU and another epsilon in its stem), or that file of weights beside its config.
+            GELU and other epsilons in its stem), or that file of weights beside its config.
         image_size: (height, width) of an official or a timm model whose images are not square; None where they are.
 
     Returns:
@@ -339,7 +339,7 @@ def _from_timm(
     state = timm_to_npz(state)
     config = dataclasses.replace(npz_config(state, image_size), exact_gelu=True)
     if config.stem is not None:
-        config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, norm_eps=TIMM_STEM_EPS))
+        config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, **TIMM_EPSILONS))
     return config, flat_names(from_npz(state, config))
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from sora_jax.array_types import NumpyArray
 from sora_jax.models.resnet_stem import ResNetStemConfig
 
-# timm computes its group norms with PyTorch's epsilon, the official code with Flax's (`ResNetStemConfig.norm_eps`).
-TIMM_STEM_EPS = 1e-5
+# How timm computes a stem (see `sora_jax.models.resnet_stem`).
+TIMM_EPSILONS = {"norm_eps": 1e-5, "kernel_eps": 1e-8}
 
 _LAYERS = {
     "patch_embed.proj": "embedding",

@@ -18,7 +18,7 @@ from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
 from sora_jax.training.flops import count_flops
 
-STEM = ResNetStemConfig(stages=(1, 2), width=32, norm_eps=0.01)
+STEM = ResNetStemConfig(stages=(1, 2), width=32, norm_eps=0.01, kernel_eps=0.02)  # epsilons that show
 CONFIG = ViTConfig((16, 24), patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=24, num_classes=5, stem=STEM)
 
 
@@ -58,7 +58,7 @@ def numpy_stem(params, image):
     def conv(name, x, stride=1):
         kernel = w[f"{name}.kernel"]
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
-        kernel = kernel / (np.sqrt((kernel**2).mean(axis=(0, 1, 2))) + 1e-5)
+        kernel = kernel / (np.sqrt((kernel**2).mean(axis=(0, 1, 2))) + STEM.kernel_eps)
         return np.einsum("hwijc,ijco->hwo", windows(x, kernel.shape[0], stride, 0), kernel)
 
     def norm(name, x):
@@ -92,8 +92,9 @@ def test_scale_and_mean_of_a_kernel_do_not_matter():
     changed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: 3 * leaf + 2 if path[-1].key == "kernel" else leaf, params
     )
-    model = ResNetStem(STEM, "float32")
-    np.testing.assert_allclose(forward(model, changed, x), forward(model, params, x), rtol=1e-3, atol=1e-3)
+    model = ResNetStem(dataclasses.replace(STEM, kernel_eps=1e-8), "float32")
+    expected = forward(model, params, x)
+    np.testing.assert_allclose(forward(model, changed, x), expected, atol=1e-4 * np.sqrt((expected**2).mean()))
 
 
 def test_a_hybrid_is_a_vit_of_the_features():
@@ -162,6 +163,7 @@ def test_configs():
         (lambda: dataclasses.replace(STEM, width=48), "width must be a positive multiple of 32, got 48"),
         (lambda: dataclasses.replace(STEM, stages=(1, 0)), r"stages must be at least 1 each, got \(1, 0\)"),
         (lambda: dataclasses.replace(STEM, norm_eps=0.0), "norm_eps must be positive"),
+        (lambda: dataclasses.replace(STEM, kernel_eps=0.0), "kernel_eps must be positive"),
         (lambda: dataclasses.replace(CONFIG, patch_size=4), "patch_size must be a multiple of the stem's stride 8"),
     ):
         with pytest.raises(ValueError, match=words):
