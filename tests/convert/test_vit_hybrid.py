@@ -1,4 +1,4 @@
-"""Hybrids' weights: the official layout there and back, and timm's against timm itself."""
+"""Hybrids' weights: the official layout there and back, and outputs against timm and transformers."""
 
 import dataclasses
 import json
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import linen as nn
+from flax import traverse_util
 
 from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz
-from sora_jax.models.resnet_stem import ResNetStemConfig
+from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, npz_stem, timm_to_npz
+from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params, load_vit
 from sora_jax.models.weights import flat_names
 
@@ -192,4 +194,33 @@ def test_outputs_equal_timm(name, size, peers, tmp_path):
     config, params = load_converted(tmp_path / "ours", write(tmp_path / "timm", state))
     assert config.image_size == (size, size)
     ours = jax.jit(ViT(config).apply)({"params": params}, x)
+    assert np.abs(ours - theirs).max() / np.sqrt((theirs**2).mean()) < 1e-4
+
+
+@pytest.mark.parity
+def test_features_equal_transformers():
+    """`BitModel` as the hybrids of transformers had it; its names differ from timm's in the prefixes alone."""
+    torch = pytest.importorskip("torch", reason="needs .[parity]")
+    transformers = pytest.importorskip("transformers", reason="needs .[parity]")
+    sizes = dict(embedding_size=32, hidden_sizes=[128, 256], depths=[2, 1], num_groups=32)
+    padding = dict(global_padding="same", embedding_dynamic_padding=True)
+    model = transformers.BitModel(transformers.BitConfig(layer_type="bottleneck", **sizes, **padding)).eval()
+    torch.manual_seed(0)
+    x = np.random.default_rng(1).uniform(-1, 1, (2, 24, 20, 3)).astype(np.float32)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            norm = "norm" in key and key.endswith("weight")
+            value.normal_(1.0 if norm else 0.0, 0.3 if value.ndim == 1 else 0.1)
+        theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).last_hidden_state.numpy().transpose(0, 2, 3, 1)
+    state = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("embedder.convolution", "stem.conv").replace("embedder.norm", "stem.norm")
+        key = key.replace("encoder.stages", "stages").replace(".layers.", ".blocks.")
+        state[f"patch_embed.backbone.{key}"] = value.numpy()
+    tensors = timm_to_npz(state)
+    config = dataclasses.replace(npz_stem(tensors), **TIMM_EPSILONS)
+    assert (config.stages, config.width) == ((2, 1), 32)
+    params = traverse_util.unflatten_dict(tensors, sep="/")
+    ours = jax.jit(ResNetStem(config, "float32").apply)({"params": params}, x)
+    assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() / np.sqrt((theirs**2).mean()) < 1e-4
