@@ -13,7 +13,14 @@ from sora_jax.array_types import Array, Float
 
 
 def dense(
-    features: int, axes: tuple[str, str], *, name: str, dtype: str, zero: bool = False, bias: bool = True
+    features: int,
+    axes: tuple[str, str],
+    *,
+    name: str,
+    dtype: str,
+    zero: bool = False,
+    bias: bool = True,
+    init: nn.initializers.Initializer | None = None,
 ) -> nn.Dense:
     """Returns a dense layer.
 
@@ -24,8 +31,9 @@ def dense(
         dtype: of the computation.
         zero: starts with a zero kernel instead of Glorot's uniform one.
         bias: whether it has one.
+        init: how its kernel starts, where that is neither zero nor Glorot's uniform one.
     """
-    init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
+    init = init or (nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform())
     return nn.Dense(
         features,
         use_bias=bias,

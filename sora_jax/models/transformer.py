@@ -5,8 +5,12 @@ A modulated sublayer computes
     (1)  x + gate * mixer(modulate(norm(x), shift, scale))
 
 and a plain one `x + mixer(norm(x))`. Shift, scale and gate depend on a token's noise level. They are computed once
-for each level of a row, as a conditioning shared by all blocks plus a table of the block's own
-(arXiv:2310.00426, section 2.3), and expanded to tokens inside the sublayer by a one-hot product.
+for each level of a row and expanded to tokens inside the sublayer by a one-hot product. Where they come from is the
+block's `modulation`:
+
+    table       a conditioning shared by all blocks plus a table of the block's own    arXiv:2310.00426, section 2.3
+    projection  a dense layer of the block's own, of what the level's embedding is     arXiv:2212.09748, section 3.2
+    zero_projection  the same, which starts at zero: with gates, each block starts as the identity
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, rms_norm
 from sora_jax.patches.rotary import apply_rope
 
 QKNorm = Literal["none", "width", "head"]
+Modulation = Literal["table", "projection", "zero_projection"]
 
 
 class Context(NamedTuple):
@@ -36,6 +41,7 @@ class Context(NamedTuple):
         text: (B, M, D), caption tokens.
         text_segment_ids: (B, M), 0 for padding.
         conditioning: (B, J, n, D) float32, n = three for each modulated sublayer, for each of a row's J levels.
+        condition: (B, J, D) float32, what blocks that project it themselves have in its place.
         level_one_hot: (B, L, J), each token's level.
     """
 
@@ -44,6 +50,7 @@ class Context(NamedTuple):
     text: Float[Array, "batch text_length width"] | None = None
     text_segment_ids: Int[Array, "batch text_length"] | None = None
     conditioning: Float[Array, "batch levels parts width"] | None = None
+    condition: Float[Array, "batch levels width"] | None = None
     level_one_hot: Float[Array, "batch length levels"] | None = None
 
 
@@ -57,6 +64,8 @@ class SelfAttention(nn.Module):
         attention: the kernel.
         qk_norm: RMSNorm of queries and keys over the whole `width` (Wan), over each `head` (ViT-22B, NaViT) or `none`.
         bias: whether the projections have one.
+        fused_init: queries, keys and values start as parts of one Glorot-uniform kernel (D, 3 D), which has half the
+            variance of one (D, D), as in code that computes them by one layer (DiT's).
     """
 
     num_heads: int
@@ -65,11 +74,13 @@ class SelfAttention(nn.Module):
     attention: AttentionFn
     qk_norm: QKNorm = "width"
     bias: bool = True
+    fused_init: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> Float[Array, "batch length width"]:
         """Returns (B, L, D)."""
-        q, k, v = _project(x, x, self.num_heads, self.eps, self.dtype, self.qk_norm, self.bias)
+        init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform") if self.fused_init else None
+        q, k, v = _project(x, x, self.num_heads, self.eps, self.dtype, self.qk_norm, self.bias, init)
         if context.angles is not None:
             q, k = apply_rope(q, context.angles), apply_rope(k, context.angles)
         out = self.attention(q, k, v, context.segment_ids, context.segment_ids).reshape(x.shape)
@@ -135,12 +146,19 @@ class Sublayer:
         mixer: makes the mixer, which maps (tokens, context) to tokens.
         affine: whether its norm has a scale and a bias.
         modulated: whether its norm is modulated and its output gated.
+        gated: whether a modulated one is gated; false leaves the gate out of equation 1.
     """
 
     name: str
     mixer: Callable[..., nn.Module]
     affine: bool
     modulated: bool
+    gated: bool = True
+
+    @property
+    def num_parts(self) -> int:
+        """Vectors that modulate it: shift, scale and gate."""
+        return (2 + self.gated) * self.modulated
 
 
 class Block(nn.Module):
@@ -150,36 +168,53 @@ class Block(nn.Module):
         sublayers: in order.
         eps: of the norms.
         dtype: of the residual stream.
+        modulation: where shifts, scales and gates come from.
     """
 
     sublayers: tuple[Sublayer, ...]
     eps: float
     dtype: str
+    modulation: Modulation = "table"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"], context: Context) -> tuple[Array, None]:
         """Returns (B, L, D) and None, as `nn.scan` wants it."""
-        num_parts = 3 * sum(sublayer.modulated for sublayer in self.sublayers)
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
-        table = self.param("modulation", init, (num_parts, x.shape[-1]), jnp.float32) if num_parts else None
-        part = 0
+        num_parts = sum(sublayer.num_parts for sublayer in self.sublayers)
+        parts = self._parts(num_parts, x.shape[-1], context) if num_parts else None  # (B, J, num_parts, D)
+        first = 0
         for sublayer in self.sublayers:
             mixer = sublayer.mixer(name=sublayer.name)
             h = layer_norm(name=f"{sublayer.name}_norm", eps=self.eps, affine=sublayer.affine)(x)
             if sublayer.modulated:
-                parts = context.conditioning[:, :, part : part + 3] + table[part : part + 3]  # (B, J, 3, D)
-                shift, scale, gate = expand_levels(parts.astype(self.dtype), context.level_one_hot)
-                part += 3
-                x = x + gate * mixer(modulate(h, shift, scale).astype(self.dtype), context)
+                own = parts[:, :, first : first + sublayer.num_parts].astype(self.dtype)
+                shift, scale, *gate = expand_levels(own, context.level_one_hot)
+                first += sublayer.num_parts
+                out = mixer(modulate(h, shift, scale).astype(self.dtype), context)
+                x = x + (gate[0] * out if sublayer.gated else out)
             else:
                 x = x + mixer(h.astype(self.dtype), context)
         return x.astype(self.dtype), None
+
+    def _parts(self, num_parts: int, width: int, context: Context) -> Float[Array, "batch levels parts width"]:
+        """Returns the vectors that modulate the sublayers, for each level, float32."""
+        if self.modulation == "table":
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
+            return context.conditioning + self.param("modulation", init, (num_parts, width), jnp.float32)
+        zero = self.modulation == "zero_projection"
+        layer = dense(num_parts * width, ("width", "mlp"), name="modulation", dtype="float32", zero=zero)
+        return layer(context.condition).reshape(*context.condition.shape[:2], num_parts, width)
 
 
 def expand_levels(
     parts: Float[Array, "batch levels parts width"], level_one_hot: Float[Array, "batch length levels"]
 ) -> tuple[Array, ...]:
-    """Gives each token the values of its level: a tuple of `parts` arrays (B, L, D)."""
+    """Gives each token the values of its level: a tuple of `parts` arrays (B, L, D).
+
+    Where rows have one level, padding has its values too.
+    """
+    if parts.shape[1] == 1:  # nothing to choose
+        shape = (*level_one_hot.shape[:2], parts.shape[3])
+        return tuple(jnp.broadcast_to(parts[:, :, n], shape) for n in range(parts.shape[2]))
     one_hot = level_one_hot.astype(parts.dtype)
     # A product a part: one product of all parts is laid out anew, which on a CPU costs a sixth of the training step.
     return tuple(jnp.einsum("blj,bjd->bld", one_hot, parts[:, :, n]) for n in range(parts.shape[2]))
@@ -192,7 +227,14 @@ REMAT_POLICIES = {
 
 
 def scanned_blocks(
-    sublayers: tuple[Sublayer, ...], *, depth: int, eps: float, dtype: str, remat: str, name: str
+    sublayers: tuple[Sublayer, ...],
+    *,
+    depth: int,
+    eps: float,
+    dtype: str,
+    remat: str,
+    name: str,
+    modulation: Modulation = "table",
 ) -> nn.Module:
     """Returns `depth` equal blocks as one scan over stacked parameters.
 
@@ -205,6 +247,7 @@ def scanned_blocks(
         dtype: of the residual stream.
         remat: `none`, or a key of `REMAT_POLICIES`.
         name: of the parameters, whose first axis is the block.
+        modulation: of the modulated sublayers.
     """
     block = Block if remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     scanned = nn.scan(
@@ -215,7 +258,7 @@ def scanned_blocks(
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(sublayers=sublayers, eps=eps, dtype=dtype, name=name)
+    return scanned(sublayers=sublayers, eps=eps, dtype=dtype, modulation=modulation, name=name)
 
 
 def _project(
@@ -226,11 +269,12 @@ def _project(
     dtype: str,
     qk_norm: QKNorm = "width",
     bias: bool = True,
+    init: nn.initializers.Initializer | None = None,
 ) -> tuple[Array, Array, Array]:
     """Returns normed queries of `x` and normed keys and values of `source`, each (B, ..., H, Dh)."""
     axes = ("width", "heads_width")
     q, k, v = (
-        dense(x.shape[-1], axes, name=name, dtype=dtype, bias=bias)(y)
+        dense(x.shape[-1], axes, name=name, dtype=dtype, bias=bias, init=init)(y)
         for name, y in (("query", x), ("key", source), ("value", source))
     )
     norms = [rms_norm(name=name, eps=eps) for name in ("query_norm", "key_norm")] if qk_norm != "none" else []

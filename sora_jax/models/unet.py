@@ -30,7 +30,7 @@ from sora_jax.array_types import Array, Float, Int, PyTree
 from sora_jax.config import check
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import conv, dense, group_norm, sinusoidal_embedding
-from sora_jax.models.weights import check_shapes, read_model
+from sora_jax.models.weights import read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +242,4 @@ def load_unet(path: epath.PathLike) -> tuple[UNetConfig, PyTree]:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or parameters that are not those of the config.
     """
-    config, params = read_model(path, UNetConfig, "U-Net")
-    check_shapes(params, nn.meta.unbox(abstract_params(UNet(config))), str(path))
-    return config, params
+    return read_model(path, UNetConfig, "U-Net", lambda config: abstract_params(UNet(config)))

@@ -27,7 +27,7 @@ from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
-from sora_jax.models.weights import check_shapes, read_model
+from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
 
@@ -278,6 +278,4 @@ def load_vit(path: epath.PathLike) -> tuple[ViTConfig, PyTree]:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or parameters that are not those of the config.
     """
-    config, params = read_model(path, ViTConfig, "ViT")
-    check_shapes(params, nn.meta.unbox(abstract_params(ViT(config))), str(path))
-    return config, params
+    return read_model(path, ViTConfig, "ViT", lambda config: abstract_params(ViT(config)))

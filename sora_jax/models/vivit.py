@@ -31,7 +31,7 @@ from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense
 from sora_jax.models.vit import Encoder, ViTConfig, encoder_sublayers
-from sora_jax.models.weights import check_shapes, read_model
+from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
 
@@ -286,6 +286,4 @@ def load_vivit(path: epath.PathLike) -> tuple[ViViTConfig, PyTree]:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or parameters that are not those of the config.
     """
-    config, params = read_model(path, ViViTConfig, "ViViT")
-    check_shapes(params, nn.meta.unbox(abstract_params(ViViT(config))), str(path))
-    return config, params
+    return read_model(path, ViViTConfig, "ViViT", lambda config: abstract_params(ViViT(config)))

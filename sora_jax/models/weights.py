@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax import linen as nn
 from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
@@ -84,20 +85,23 @@ def read_params(path: epath.PathLike) -> PyTree:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_model(path: epath.PathLike, config_class: type[T], kind: str) -> tuple[T, PyTree]:
+def read_model(
+    path: epath.PathLike, config_class: type[T], kind: str, abstract_params: Callable[[T], PyTree]
+) -> tuple[T, PyTree]:
     """Reads the config and the parameters of a model directory that `experiments/convert_checkpoint.py` wrote.
 
     Args:
         path: the directory, local or `gs://`.
         config_class: the dataclass that `config.json` holds.
         kind: what errors call the model.
+        abstract_params: gives the shapes of the parameters of a config's model, boxed or not.
 
     Returns:
-        The config, and nested parameters as NumPy arrays, float32. That they fit each other is not checked.
+        The config, and nested parameters as NumPy arrays, float32.
 
     Raises:
         FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read; the message names it.
+        ValueError: a file that cannot be read, or parameters that are not those of the config; the message names it.
     """
     path = epath.Path(path)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -109,4 +113,6 @@ def read_model(path: epath.PathLike, config_class: type[T], kind: str) -> tuple[
         config = from_json(config_class, (path / CONFIG_FILE).read_text())
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    return config, read_params(path / WEIGHTS_FILE)
+    params = read_params(path / WEIGHTS_FILE)
+    check_shapes(params, nn.meta.unbox(abstract_params(config)), str(path))
+    return config, params
