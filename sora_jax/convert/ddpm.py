@@ -7,7 +7,6 @@ proj_attn`, new ones `to_q, to_k, to_v, to_out.0`; both are read. Tensors are re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +16,9 @@ from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.config import to_json
-from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.convert.diffusers_reader import find_weights, is_count, read_options, read_weights, with_new_names
 from sora_jax.models.unet import UNet, UNetConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
-
-SOURCE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
 # Options with one value that `UNet` computes. Those in _STATED must be in a config, as diffusers' own default for
 # them is another network; the others may be absent from it.
@@ -72,7 +69,6 @@ _BLOCK_LAYERS = {
 }
 _ATTENTION_LAYERS = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
 _LISTS = {"block": "resnets", "attention": "attentions", "downsample": "downsamplers", "upsample": "upsamplers"}
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Which axis of ours each axis of theirs is: (out, in, h, w) of (h, w, in, out), and (out, in) of (in, out).
 _SOURCE_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
@@ -101,12 +97,12 @@ def convert_config(values: Mapping[str, Any]) -> UNetConfig:
     for option, value in _FIXED.items():
         expect(values.get(option, value) == value, option, repr(value))
     for option in _SIZES.values():
-        expect(_is_count(values[option]), option, "a positive integer")
+        expect(is_count(values[option]), option, "a positive integer")
     for option in ("norm_eps", "dropout"):
         expect(isinstance(values.get(option, 0.0), float | int), option, "a number")
 
     channels, down, up = (values[option] for option in ("block_out_channels", "down_block_types", "up_block_types"))
-    counts = isinstance(channels, list) and len(channels) > 0 and all(map(_is_count, channels))
+    counts = isinstance(channels, list) and len(channels) > 0 and all(map(is_count, channels))
     expect(counts and all(n % channels[0] == 0 for n in channels), "block_out_channels", "multiples of their first")
     kinds = ("DownBlock2D", "AttnDownBlock2D")
     known = isinstance(down, list) and len(down) == len(channels) and all(kind in kinds for kind in down)
@@ -136,8 +132,7 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: UNetConfig) -> dict
     Raises:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
-    doubled = [name for name in state if _new_name(name) != name and _new_name(name) in state]
-    state, tensors = {_new_name(name): value for name, value in state.items()}, {}
+    state, tensors = with_new_names(state, "UNet2DModel"), {}
     for name, leaf in flat_names(nn.meta.unbox(abstract_params(UNet(config)))).items():
         source = _source_name(name, len(config.multipliers))
         if source not in state:
@@ -153,8 +148,8 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: UNetConfig) -> dict
         if not np.isfinite(value).all():
             raise ValueError(f"UNet2DModel weights: {source} has a value that is not finite.")
         tensors[name] = value
-    if left := [*doubled, *state]:
-        raise ValueError(f"UNet2DModel weights: tensor {min(left)} is unknown.")
+    if state:
+        raise ValueError(f"UNet2DModel weights: tensor {min(state)} is unknown.")
     return tensors
 
 
@@ -172,35 +167,17 @@ def convert_ddpm(source: epath.PathLike, config: epath.PathLike | None = None) -
         FileNotFoundError: weights or config that are missing.
         ValueError: files that do not hold such a network; the message names them.
     """
-    weights = _find_weights(epath.Path(source))
-    config = weights.parent / CONFIG_FILE if config is None else epath.Path(config)
-    if not config.is_file():
-        raise FileNotFoundError(f"no config of a U-Net at {config}.")
+    weights = find_weights(source, "U-Net")
+    values, path = read_options(weights, config, "U-Net")
     try:
-        values = json.loads(config.read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, got {type(values).__name__}.")
         converted = convert_config(values)
     except ValueError as error:
-        raise ValueError(f"{config} cannot be converted: {error}") from error
+        raise ValueError(f"{path} cannot be converted: {error}") from error
     try:
-        state = read_state_dict(weights) if weights.suffix == ".bin" else read_tensors(weights)
-        tensors = convert_tensors(state, converted)
+        tensors = convert_tensors(read_weights(weights), converted)
     except ValueError as error:
         raise ValueError(f"{weights} cannot be converted: {error}") from error
     return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(converted).encode()}
-
-
-def _find_weights(source: epath.Path) -> epath.Path:
-    """Returns the file of weights that `source` is or holds."""
-    if source.is_file():
-        if source.suffix not in (".safetensors", ".bin"):
-            raise ValueError(f"{source} must be a .safetensors or a .bin file.")
-        return source
-    for name in SOURCE_WEIGHTS:
-        if (source / name).is_file():
-            return source / name
-    raise FileNotFoundError(f"no U-Net at {source}: it holds neither {' nor '.join(SOURCE_WEIGHTS)}.")
 
 
 def _source_name(name: str, num_levels: int) -> str:
@@ -226,15 +203,3 @@ def _source_module(name: str, num_levels: int) -> tuple[str, dict[str, str]]:
         path = f"{way}_blocks.{num_levels - 1 - int(level) if way == 'up' else level}"
     kind, number = (*rest, "0")[:2]
     return f"{path}.{_LISTS[kind]}.{number}", _ATTENTION_LAYERS if kind == "attention" else _BLOCK_LAYERS
-
-
-def _new_name(name: str) -> str:
-    """Returns the name that a tensor of an old file has in new ones."""
-    parts = name.split(".")
-    if "attentions" in parts:
-        parts = [_OLD_ATTENTION.get(part, part) for part in parts]
-    return ".".join(parts)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,1 @@
+"""Autoencoders whose latents the diffusion models are trained on."""
