@@ -8,6 +8,8 @@ Examples:
     python experiments/convert_checkpoint.py sd-vae --source sd-vae-ft-mse --output models/sd_vae_ft_mse
     python experiments/convert_checkpoint.py vit --source ViT-B_16.npz --output models/vit_b_16
     python experiments/convert_checkpoint.py vivit --source vivit-b-16x2-kinetics400 --output models/vivit_b_16x2
+    python experiments/convert_checkpoint.py inception --source pt_inception-2015-12-05-6726825d.pth \
+        --output models/inception
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
         --storage-dtype bfloat16
 
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sora_jax.convert.ddpm import convert_ddpm
+from sora_jax.convert.inception import convert_inception
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.convert.sd_vae import convert_sd_vae
 from sora_jax.convert.vit import convert_vit
@@ -141,6 +144,25 @@ class ViViTCommand:
 
 
 @dataclasses.dataclass(frozen=True)
+class InceptionCommand:
+    """The network of the Frechet Inception Distance, batch norms folded, for `evaluate.py --inception`.
+
+    Attributes:
+        source: pytorch-fid's pt_inception-2015-12-05-6726825d.pth.
+        output: directory to write.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the weights and returns the size of the file."""
+        return write_files(epath.Path(self.output), convert_inception(self.source))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportCommand:
     """The averaged (EMA) weights of a run as model.safetensors and config.json, which generate.py and evaluate.py read.
 
@@ -177,6 +199,7 @@ COMMANDS = {
     "sd-vae": SDVAECommand,
     "vit": ViTCommand,
     "vivit": ViViTCommand,
+    "inception": InceptionCommand,
     "export": ExportCommand,
 }
 

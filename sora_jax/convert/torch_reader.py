@@ -67,7 +67,7 @@ def read_torch(file: str | epath.PathLike | BinaryIO) -> Any:
             return read_torch(stream)
     try:
         return _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-    except (IndexError, KeyError, TypeError, EOFError, OverflowError, zipfile.BadZipFile) as error:
+    except (IndexError, KeyError, TypeError, EOFError, OverflowError, StopIteration, zipfile.BadZipFile) as error:
         raise ValueError(f"a malformed PyTorch file: {error!r}.") from error
 
 
