@@ -18,7 +18,6 @@ diagonals, where pytorch-fid adds 1e-6 if its root fails.
 from __future__ import annotations
 
 import dataclasses
-import io
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Float, NumpyArray
+from sora_jax.evaluation.whole_files import writing
 
 # A covariance that was stored as float32 has eigenvalues down to about -5e-6 of the largest, for 2048 features.
 NEGATIVE_TOLERANCE = 1e-5
@@ -163,13 +163,9 @@ def save_moments(path: epath.PathLike, moments: Mapping[str, Moments], features:
     arrays = {"features": np.array(features)}
     for suffix, (mean, covariance) in moments.items():
         arrays |= {f"mu{suffix}": mean, f"sigma{suffix}": covariance}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f"{path.name}.part"
-    part.write_bytes(buffer.getvalue())
-    return part.replace(path)
+    with writing(path) as stream:
+        np.savez(stream, **arrays)
+    return epath.Path(path)
 
 
 def load_moments(path: epath.PathLike, features: str) -> dict[str, Moments]:

@@ -1,0 +1,180 @@
+"""What a score was made of: a manifest is written beside samples and beside every score, as JSON.
+
+Two scores can be compared if `differences` of their manifests are none, or such as the comparison is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+
+from sora_jax.array_types import PyTree
+from sora_jax.config import from_json, to_json
+from sora_jax.evaluation.whole_files import writing
+from sora_jax.models.weights import flat_names
+
+T = TypeVar("T")
+_CHUNK = 1 << 24  # bytes that are hashed at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """Where something was computed.
+
+    Attributes:
+        device: kind and number of the devices, such as "8 x TPU v5 lite".
+        jax, sora_jax, numpy: versions.
+    """
+
+    device: str
+    jax: str
+    sora_jax: str
+    numpy: str
+
+    @classmethod
+    def here(cls) -> Environment:
+        """Returns that of this process, with the devices of all hosts."""
+        devices = jax.devices()
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "sora_jax", "numpy")}
+        return cls(device=f"{len(devices)} x {devices[0].device_kind}", **versions)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleManifest:
+    """What samples were made of. A field that a model has no use for is None.
+
+    Attributes:
+        model: its name, such as "DiT-XL/2".
+        checkpoint: `params_hash` or `file_hash` of the parameters.
+        ema: whether they are the averaged ones.
+        vae: hash of the autoencoder.
+        sampler: its name.
+        num_steps: of it.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        options: whatever else the samples depend on, as text, such as "guidance_channels=3 labels=uniform".
+        seed: of the noise and the labels.
+        num_samples: that were asked for.
+        height, width: in pixels.
+        precision: the dtype that the model computes in.
+        environment: where they were drawn.
+    """
+
+    model: str
+    checkpoint: str
+    ema: bool | None
+    vae: str | None
+    sampler: str
+    num_steps: int
+    guidance_scale: float | None
+    options: str
+    seed: int
+    num_samples: int
+    height: int
+    width: int
+    precision: str
+    environment: Environment
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreManifest:
+    """What scores were made of.
+
+    Attributes:
+        features: the feature network, with how it takes its input, such as "Inception, tensorflow resize".
+        features_hash: of its parameters.
+        samples_hash: of the samples' file or folder.
+        num_samples: that were scored.
+        reference_hash: of the reference's file or folder.
+        precision: of the features.
+        environment: where the scores were computed.
+        samples: the manifest that the samples came with; None where they came with none.
+    """
+
+    features: str
+    features_hash: str
+    samples_hash: str
+    num_samples: int
+    reference_hash: str
+    precision: str
+    environment: Environment
+    samples: SampleManifest | None = None
+
+
+def params_hash(params: PyTree) -> str:
+    """Returns the SHA-256, in hexadecimal digits, over the names, dtypes, shapes and bytes of all leaves by name."""
+    digest = hashlib.sha256()
+    for name, leaf in flat_names(params).items():
+        leaf = np.asarray(leaf, order="C")
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: epath.PathLike) -> str:
+    """Returns the SHA-256 of a file, or of the names and contents of the files in a folder.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}.")
+    digest = hashlib.sha256()
+    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(f"{file.name} {file.stat().length}\n".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(path: epath.PathLike, manifest: SampleManifest | ScoreManifest) -> None:
+    """Writes a manifest as indented JSON."""
+    with writing(path) as stream:
+        stream.write(to_json(manifest).encode())
+
+
+def read_manifest(kind: type[T], path: epath.PathLike) -> T:
+    """Returns the manifest of a file.
+
+    Args:
+        kind: `SampleManifest` or `ScoreManifest`.
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: a file that holds none; the message names it and the field.
+    """
+    path = epath.Path(path)
+    try:
+        return from_json(kind, path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no {kind.__name__}: {error}") from error
+
+
+def differences(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two manifests of one kind differ, by their dotted paths, with both values."""
+    a, b = (_flatten(json.loads(to_json(manifest))) for manifest in (first, second))
+    return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}
+
+
+def manifest_path(path: epath.PathLike) -> epath.Path:
+    """Returns where the manifest of a file or folder of samples stands: beside it."""
+    path = epath.Path(path)
+    return path.parent / f"{path.name}.manifest.json"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts by dotted path."""
+    leaves = {}
+    for name, value in values.items():
+        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves

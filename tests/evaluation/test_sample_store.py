@@ -1,0 +1,117 @@
+"""Stores that are stopped and resumed, and what the community's evaluator finds in the file."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sora_jax.evaluation.manifest import Environment, SampleManifest, manifest_path, read_manifest
+from sora_jax.evaluation.sample_store import SampleStore
+
+MANIFEST = SampleManifest(
+    model="DiT-S/8",
+    checkpoint="0" * 64,
+    ema=True,
+    vae=None,
+    sampler="ddpm",
+    num_steps=250,
+    guidance_scale=1.5,
+    options="",
+    seed=3,
+    num_samples=11,
+    height=4,
+    width=6,
+    precision="float32",
+    environment=Environment("1 x cpu", "0.10", "0.1", "2"),
+)
+
+
+class Sampler:
+    """Pictures that depend on their index alone; may stop before a call, and remembers what it was asked for."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.asked = stop_after, []
+
+    def __call__(self, indices):
+        if len(self.asked) == self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append(indices.tolist())
+        return np.stack([np.random.default_rng(int(i)).integers(0, 256, (4, 6, 3)).astype(np.uint8) for i in indices])
+
+
+def test_a_store_that_was_stopped_holds_what_another_does(tmp_path):
+    whole, stopped = Sampler(), Sampler(stop_after=2)
+    store = SampleStore(tmp_path / "whole", MANIFEST, shard_size=4)
+    done = []
+    store.fill(whole, progress=done.append)
+    assert whole.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]] and done == [4, 4, 3]
+    with pytest.raises(KeyboardInterrupt):
+        SampleStore(tmp_path / "stopped", MANIFEST, shard_size=4).fill(stopped)
+    resumed, rest = SampleStore(tmp_path / "stopped", MANIFEST, shard_size=4), Sampler()
+    with pytest.raises(ValueError, match="holds 2 of 3 shards"):
+        resumed.assemble(tmp_path / "early.npz")
+    assert not (tmp_path / "early.npz").exists()
+    resumed.fill(rest)
+    assert rest.asked == [[8, 9, 10]] and not resumed.missing()
+    files = [s.assemble(tmp_path / f"{i}.npz") for i, s in enumerate((store, resumed))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with np.load(files[0]) as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_0"], Sampler()(np.arange(11)))
+    assert read_manifest(SampleManifest, manifest_path(files[0])) == MANIFEST
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_shard_that_was_cut_off_is_drawn_again(tmp_path, monkeypatch):
+    store = SampleStore(tmp_path, MANIFEST, shard_size=6)
+
+    def die(stream, images, **_):
+        stream.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", die)
+        store.fill(Sampler())
+    assert len(store.missing()) == 2 and not list(tmp_path.glob("shard*"))
+
+
+def test_hosts_share_the_shards(tmp_path):
+    hosts = [Sampler() for _ in range(2)]
+    for index, host in enumerate(hosts):
+        SampleStore(tmp_path, MANIFEST, shard_size=3).fill(host, process_index=index, process_count=2)
+    assert [host.asked for host in hosts] == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10]]]
+    assert not SampleStore(tmp_path, MANIFEST, shard_size=3).missing()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(guidance_scale=4.0), r"with guidance_scale 1\.5, not 4\.0"),
+        (dict(ema=False), "with ema true, not false"),
+        (dict(checkpoint="1" * 64), "with checkpoint"),
+        (dict(environment=Environment("8 x tpu", "0.10", "0.1", "2")), r'environment\.device "1 x cpu", not "8 x tpu"'),
+    ],
+)
+def test_samples_of_another_manifest_are_refused(tmp_path, changes, message):
+    SampleStore(tmp_path, MANIFEST)
+    with pytest.raises(ValueError, match=message):
+        SampleStore(tmp_path, dataclasses.replace(MANIFEST, **changes))
+
+
+def test_bad_values_are_named(tmp_path):
+    store = SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
+    with pytest.raises(ValueError, match=r"must be \(4, 4, 6, 3\) uint8, got \(4, 6, 4, 3\) float32"):
+        store.fill(lambda indices: np.zeros((4, 6, 4, 3), np.float32))
+    store.fill(Sampler())
+    with pytest.raises(ValueError, match=r"shard_00000\.npy holds \(4, 4, 6, 3\).* another shard_size than 5"):
+        SampleStore(tmp_path / "a", MANIFEST, shard_size=5)
+    (tmp_path / "a" / "shard_00001.npy").write_bytes(b"text, and nothing else")
+    with pytest.raises(ValueError, match=r"shard_00001\.npy is not a shard"):
+        SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"shards without a manifest\.json"):
+        SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        SampleStore(tmp_path / "b", dataclasses.replace(MANIFEST, num_samples=0))
+    with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
+        SampleStore(tmp_path / "b", MANIFEST, shard_size=0)
