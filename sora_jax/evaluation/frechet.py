@@ -148,7 +148,12 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return max(float(np.square(mean1 - mean2).sum() + traces - 2 * overlap), 0.0)  # rounding may take it below
 
 
-def save_moments(path: epath.PathLike, moments: Mapping[str, Moments], features: str) -> epath.Path:
+def save_moments(
+    path: epath.PathLike,
+    moments: Mapping[str, Moments],
+    features: str,
+    pool: Float[np.ndarray, "count dim"] | None = None,
+) -> epath.Path:
     """Writes reference statistics as the community's `.npz` files have them.
 
     Args:
@@ -156,11 +161,12 @@ def save_moments(path: epath.PathLike, moments: Mapping[str, Moments], features:
         moments: by the suffix of their keys: `""` for `mu` and `sigma`, `"_s"` for `mu_s` and `sigma_s`, which
             guided-diffusion's evaluator has for the spatial features of sFID.
         features: name of the feature network, which stands beside them under the key `features`.
+        pool: features of some of the images, for precision and recall; under the key `pool`.
 
     Returns:
         The path.
     """
-    arrays = {"features": np.array(features)}
+    arrays = {"features": np.array(features)} | ({} if pool is None else {"pool": pool})
     for suffix, (mean, covariance) in moments.items():
         arrays |= {f"mu{suffix}": mean, f"sigma{suffix}": covariance}
     with writing(path) as stream:
@@ -201,6 +207,12 @@ def load_moments(path: epath.PathLike, features: str) -> dict[str, Moments]:
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of reference statistics: {error}") from error
     return found
+
+
+def load_pool(path: epath.PathLike) -> Float[np.ndarray, "count dim"] | None:
+    """Returns the features of a file that `save_moments` wrote; None if it holds none."""
+    with epath.Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        return arrays["pool"] if "pool" in arrays else None
 
 
 def _check_moments(name: str, moments: Moments) -> None:

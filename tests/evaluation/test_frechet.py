@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from sora_jax.evaluation.frechet import FeatureStatistics, Moments, frechet_distance, load_moments, save_moments
+from sora_jax.evaluation.frechet import (
+    FeatureStatistics,
+    Moments,
+    frechet_distance,
+    load_moments,
+    load_pool,
+    save_moments,
+)
 
 
 def random_features(seed, count=400, dim=24, mean=3.0):
@@ -153,6 +160,9 @@ def test_files(tmp_path):
     moments["_s"] = Moments(moments[""].mean[:5], moments[""].covariance[:5, :5])
     path = save_moments(tmp_path / "new" / "stats.npz", moments, "Inception")
     assert sorted(np.load(path).files) == ["features", "mu", "mu_s", "sigma", "sigma_s"]
+    assert load_pool(path) is None
+    pool = np.ones((2, 24), np.float32)
+    np.testing.assert_array_equal(load_pool(save_moments(path, moments, "Inception", pool)), pool)
     loaded = load_moments(path, "Inception")
     assert loaded.keys() == moments.keys()
     for suffix, pair in moments.items():
