@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import json
 import pathlib
@@ -8,23 +7,13 @@ import types
 
 import numpy as np
 import pytest
+from evaluations import nearest as evaluate
 from PIL import Image
 
 from sora_jax.config import DataConfig, SampleConfig, SoraConfig
 from sora_jax.data.records import ClipMetadata
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "evaluate.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate = load_script()
 
 
 class ColourSource:
