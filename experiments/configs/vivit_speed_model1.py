@@ -1,6 +1,6 @@
 """How fast an animated emoji is played: ViViT's Model 1 beside the other three and a ViT that sees one frame.
 
-    python experiments/prepare_data.py fluent-emoji --output data
+    python experiments/prepare_data.py fluent-emoji --output data --max-side 40 --no-stills
     python experiments/train.py vivit_speed_model1 --data.path data/fluent_emoji/1.0.0 --json vivit_speed.json
 
 Twelve frames of 32x32 pixels, 1/24 of a second apart or, with the clip played six times as fast, 1/4: the class is
@@ -25,7 +25,7 @@ def config() -> ClassificationConfig:
             row_length=48,
             max_segments=1,
             num_bins=1,
-            batch_size=64,
+            batch_size=32,
             num_shards=1,
         ),
         patch=PatchConfig(size=(4, 8, 8)),

@@ -18,7 +18,7 @@ def config() -> ClassificationConfig:
             row_length=48,
             max_segments=1,
             num_bins=1,
-            batch_size=64,
+            batch_size=32,
             num_shards=1,
         ),
         patch=PatchConfig(size=(4, 8, 8)),
