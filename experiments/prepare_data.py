@@ -1,9 +1,10 @@
 """Prepares captioned clips as a TFDS data set in ArrayRecord, which training reads.
 
-Four sources: the animated Fluent Emoji of npm, captioned by their names (the default data set); 10,000 handwritten
-digits of npm, as stills; digits and emoji of npm as stills of any aspect, labelled by class; and any folder of clips
-and pictures with a `captions.jsonl`, whose lines are `{"file": "cat.mp4", "caption": "a cat jumps"}` and may name a
-`"split"` and, all of them or none, the class as a `"label"`.
+Four sources of clips: the animated Fluent Emoji of npm, captioned by their names (the default data set); 10,000
+handwritten digits of npm, as stills; digits and emoji of npm as stills of any aspect, labelled by class; and any folder
+of clips and pictures with a `captions.jsonl`, whose lines are `{"file": "cat.mp4", "caption": "a cat jumps"}` and may
+name a `"split"` and, all of them or none, the class as a `"label"`. And `latents` encodes the stills of any prepared
+data set once by an image autoencoder (of `convert_checkpoint.py sd-vae`), for models that are trained on latents.
 
 Examples:
     python experiments/prepare_data.py fluent-emoji --output data
@@ -12,6 +13,7 @@ Examples:
     python experiments/prepare_data.py stills --output data
     python experiments/prepare_data.py stills --output data --packages ~/npm --max-side 96
     python experiments/prepare_data.py folder --source ~/clips --output data --max-side 256
+    python experiments/prepare_data.py latents --source data/stills --vae models/sd_vae_ft_mse --output data
 
 An interrupted run goes on where it stopped when it is started again with the same arguments. The last line printed
 is the value for `data.path` of a training config.
@@ -20,18 +22,21 @@ is the value for `data.path` of a training config.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
+from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, npm, stills
+from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -188,11 +193,103 @@ class FolderCommand:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentsCommand:
+    """Latents of the stills of a prepared data set: mean and standard deviation of an image autoencoder's posteriors.
+
+    Stills are cropped to their middle square and resized as DiT's code does it.
+
+    Attributes:
+        source: directory of the data set, all splits of which are encoded.
+        vae: directory of the autoencoder that `convert_checkpoint.py sd-vae` wrote.
+        output: directory that will hold `<name>_latents/1.0.0`.
+        image_size: height and width of the images that are encoded, in pixels.
+        views: the image, its mirror image, or both.
+        dtype: of the stored numbers.
+        compute_dtype: of the autoencoder.
+        batch_size: images that a process encodes at once, shared out among its devices.
+        part_size: stills of a file; an interrupted run does one such part again, at most.
+        process_index: number of this process, where several share the work with the same arguments otherwise.
+        process_count: processes.
+        multihost: this is one of several hosts, each running this command (jax.distributed.initialize()), which says
+            index and count.
+        json: also write the report to this file.
+    """
+
+    source: str
+    vae: str
+    output: str
+    image_size: int = 256
+    views: Literal["image", "flip", "both"] = "both"
+    dtype: Literal["float16", "float32"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    part_size: int = 1024
+    process_index: int = 0
+    process_count: int = 1
+    multihost: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any] | None:
+        """Prepares the data set and returns the report; None where another process does so."""
+        import jax  # here, as the worker processes of the other commands import this file
+        from jax.experimental import multihost_utils
+
+        from sora_jax.models.autoencoder.image_vae import ImageVAE, check_image_shape, load_image_vae
+
+        index, count = self.process_index, self.process_count
+        if self.multihost:
+            jax.distributed.initialize()
+            index, count = jax.process_index(), jax.process_count()
+        options = latents.LatentOptions(self.image_size, self.views, self.dtype, self.part_size)
+        config, params = load_image_vae(self.vae)
+        check_image_shape((1, self.image_size, self.image_size, 3), config)
+        devices = jax.local_devices()
+        if self.batch_size % (len(devices) * options.num_views):
+            raise ValueError(
+                f"batch_size must be a multiple of {len(devices)} devices times {options.num_views} views, "
+                f"got {self.batch_size}."
+            )
+        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+        rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
+        model = ImageVAE(dataclasses.replace(config, dtype=self.compute_dtype))
+        params = jax.device_put(params, whole)
+
+        @jax.jit
+        def encode(params: Any, images: Any) -> tuple[Any, Any]:
+            posterior = model.apply({"params": params}, images, method="encode")
+            return posterior.mean, posterior.std
+
+        digest = hashlib.sha256()
+        for name in ("config.json", "model.safetensors"):
+            digest.update((epath.Path(self.vae) / name).read_bytes())
+        side = self.image_size // config.strides[-1]
+        report = latents.prepare_latents(
+            self.source,
+            lambda images: jax.device_get(encode(params, jax.device_put(images, rows))),
+            (side, side, config.latent_channels),
+            {
+                "sha256": digest.hexdigest(),
+                "scaling_factor": config.scaling_factor,
+                "compute_dtype": self.compute_dtype,
+            },
+            self.output,
+            options,
+            self.batch_size,
+            index,
+            count,
+        )
+        if self.multihost:  # the first one may still be waiting for others' parts
+            multihost_utils.sync_global_devices("latents")
+        return report
+
+
 Command = (
     Annotated[FluentEmojiCommand, tyro.conf.subcommand("fluent-emoji")]
     | Annotated[DigitsCommand, tyro.conf.subcommand("digits")]
     | Annotated[StillsCommand, tyro.conf.subcommand("stills")]
     | Annotated[FolderCommand, tyro.conf.subcommand("folder")]
+    | Annotated[LatentsCommand, tyro.conf.subcommand("latents")]
 )
 
 
@@ -228,6 +325,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     print(f"data.path = {report['path']}")
 
 
+def print_latents(report: dict[str, Any], console: Console) -> None:
+    """Prints what was encoded."""
+    views, _, height, width, channels = report["shape"]
+    title = f"{report['name']}: {views} x {height} x {width} x {channels} in {report['request']['dtype']}"
+    table = Table("split", "images", "MB", title=title)
+    for split, counts in report["splits"].items():
+        table.add_row(split, f"{counts['num_examples']:,}", f"{report['num_bytes'][split] / 1e6:.1f}")
+    console.print(table)
+    for kind, count in report["num_left_out"].items():
+        console.print(f"left out {count:,}: {kind}")
+    print(f"data.path = {report['path']}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.cli(Command, args=arguments, description=__doc__)
@@ -237,6 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
         if command.json is not None:
             check_writable("--json", command.json)
         report = command.run()
+        if report is None:
+            print("this process's parts are done; process 0 completes the data set")
+            return 0
         if command.json is not None:
             write_whole(command.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
@@ -245,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare_data.py: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
-    print_report(report, Console())
+    (print_latents if isinstance(command, LatentsCommand) else print_report)(report, Console())
     return 0
 
 

@@ -45,8 +45,8 @@ class ClipSource:
         self._layout = RecordLayout.read(self.path)
         self.label_names: tuple[str, ...] = self._layout.label_names
         self._records: Any = None
-        splits = _read_splits(self.path)
-        spans = _spans(splits, split, self.path)
+        splits = read_splits(self.path)
+        spans = split_spans(splits, split, self.path)
         self._files = [
             instruction
             for name, start, stop in spans
@@ -82,8 +82,8 @@ class ClipSource:
         if bad := [i for i in frame_indices if not 0 <= i < count]:
             raise IndexError(f"frame indices of clip {index} must be in 0 ... {count - 1}, got {bad[0]}.")
         if self._records is None:
-            self._records = _open_records(self._files)
-        frames = parse_example(_read_record(self._records, self._files, int(index)))[self._layout.frames]
+            self._records = open_records(self._files)
+        frames = parse_example(read_record(self._records, self._files, int(index)))[self._layout.frames]
         return [frames[i] for i in frame_indices]
 
     def _index(self, split: str, info: Any) -> ClipMetadata:
@@ -91,10 +91,10 @@ class ClipSource:
         metadata = read_index(self.path, split)
         if metadata is not None and len(metadata) == info.num_examples:
             return metadata
-        records = _open_records(info.file_instructions)
+        records = open_records(info.file_instructions)
         progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
         files = info.file_instructions
-        metadata = metadata_from_rows([self._layout.row(i, _read_record(records, files, i)) for i in progress])
+        metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
         with contextlib.suppress(OSError):  # where the data set is read-only, the pass is made again next time
             write_index(epath.Path(self.path), split, metadata)
         return metadata
@@ -107,7 +107,7 @@ def open_source(path: str, split: str = "train") -> ClipSource:
 
 def split_names(path: str) -> list[str]:
     """Returns the names of the splits of a prepared data set; ValueError where there is none at `path`."""
-    return list(_read_splits(str(find_dataset(path))))
+    return list(read_splits(str(find_dataset(path))))
 
 
 def find_dataset(path: str) -> epath.Path:
@@ -131,7 +131,7 @@ def find_dataset(path: str) -> epath.Path:
     )
 
 
-def _read_splits(path: str) -> Any:
+def read_splits(path: str) -> Any:
     """Returns the TFDS `SplitDict` of a data set.
 
     `tfds.builder_from_directory` would also construct the features, which for `Video` imports TensorFlow.
@@ -145,7 +145,7 @@ def _read_splits(path: str) -> Any:
     return tfds_info.get_split_dict_from_proto(proto, data_dir=path, file_format=proto.file_format)
 
 
-def _spans(splits: Any, split: str, path: str) -> list[tuple[str, int, int]]:
+def split_spans(splits: Any, split: str, path: str) -> list[tuple[str, int, int]]:
     """Returns the (name, first record, end) ranges that a split specification stands for."""
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
@@ -156,13 +156,13 @@ def _spans(splits: Any, split: str, path: str) -> list[tuple[str, int, int]]:
     return [span for span in spans if span[1] < span[2]]
 
 
-def _open_records(files: Sequence[Any]) -> Any:
+def open_records(files: Sequence[Any]) -> Any:
     """Returns the serialised records of TFDS file instructions by index."""
     return array_record_data_source.ArrayRecordDataSource(files)
 
 
-def _read_record(records: Any, files: Sequence[Any], index: int) -> bytes:
-    """Returns one of the serialised records that `_open_records(files)` gave; ValueError where its file is damaged."""
+def read_record(records: Any, files: Sequence[Any], index: int) -> bytes:
+    """Returns one of the serialised records that `open_records(files)` gave; ValueError where its file is damaged."""
     try:
         if record := records[index]:
             return record

@@ -86,7 +86,7 @@ def test_opening_again_reads_no_record_and_reading_decodes_none(clips, monkeypat
         raise AssertionError("a picture was opened")
 
     monkeypatch.setattr(Image, "open", refuse)
-    monkeypatch.setattr("sora_jax.data.sources._open_records", refuse)
+    monkeypatch.setattr("sora_jax.data.sources.open_records", refuse)
     second = open_source(clips, "train")
     assert second.metadata.captions == first.metadata.captions
     monkeypatch.undo()
