@@ -181,7 +181,8 @@ def fid(options: FidOptions) -> None:
         environment=Environment.here(),
         samples=read_manifest(SampleManifest, drawn) if drawn.exists() else None,
     )
-    table = Table("score", "value", title=f"{samples.count} samples of {samples.height} x {samples.width}")
+    print(f"{samples.count} samples of {samples.height} x {samples.width} pixels")
+    table = Table("score", "value")
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)

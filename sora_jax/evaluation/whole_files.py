@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f"{path.name}.part"
+    part = path.parent / f"{path.name}.{uuid.uuid4().hex}.part"  # hosts may write the same file
     try:
         with part.open("wb") as stream:
             yield stream

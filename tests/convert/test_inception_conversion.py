@@ -1,5 +1,9 @@
 """The FID network: its outputs against PyTorch, its input against closed forms."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +11,9 @@ import pytest
 
 from sora_jax.convert.inception import convert_inception, convert_tensors
 from sora_jax.evaluation.inception import FIDInception, abstract_params, load_inception, prepare
-from sora_jax.models.weights import WEIGHTS_FILE, flat_names
+from sora_jax.models.weights import flat_names
 
+SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 # Convolutions of torchvision's Inception3: outputs, inputs, kernel.
 TOP = [
     ("Conv2d_1a_3x3", 32, 3, 3, 3), ("Conv2d_2a_3x3", 32, 32, 3, 3), ("Conv2d_2b_3x3", 64, 32, 3, 3),
@@ -208,10 +213,17 @@ def test_outputs_equal_pytorch(state, tmp_path):
         expected = torch_inception(functional, torch, weights, 2 * x - 1)
 
     torch.save(weights, tmp_path / "inception.pth")
-    for name, data in convert_inception(tmp_path / "inception.pth").items():
-        (tmp_path / name).write_bytes(data)
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == [WEIGHTS_FILE]
-    params = load_inception(tmp_path)
+    command = [
+        sys.executable,
+        SCRIPT,
+        "inception",
+        "--source",
+        tmp_path / "inception.pth",
+        "--output",
+        tmp_path / "new",
+    ]
+    subprocess.run(command, check=True)
+    params = load_inception(tmp_path / "new")
     ours = jax.jit(lambda params, x: FIDInception().apply({"params": params}, prepare(x, "pytorch")))(params, images)
     for found, theirs in zip(ours, expected, strict=True):
         theirs = theirs.numpy()
