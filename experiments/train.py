@@ -34,6 +34,7 @@ from etils import epath
 from setups.sora import SoraSetup
 
 from sora_jax.config import ExperimentConfig, PackedDataConfig, SoraConfig, StudyConfig
+from sora_jax.data.latents import LatentDataConfig
 from sora_jax.generation.video_io import check_writable, write_whole
 from sora_jax.parallel.mesh import MESH_AXES, check_batch_size, mesh_shape
 from sora_jax.parallel.rules import param_shardings
@@ -159,7 +160,7 @@ def dry_run(arguments: Arguments) -> int:
     from sora_jax.training.tasks.recognition import RecognitionTask
 
     config = arguments.config
-    packed = isinstance(config.data, PackedDataConfig)
+    packed = isinstance(config.data, PackedDataConfig | LatentDataConfig)
     if packed:  # the kernel changes neither parameters nor their split, and may need the devices it is made for
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     num_devices = jax.device_count()

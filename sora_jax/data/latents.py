@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_jax.array_types import Float, Int, NumpyArray
+from sora_jax.array_types import Float, Int, NumpyArray, PackedBatch
+from sora_jax.config import BatchConfig, PatchConfig, check
 from sora_jax.data.records import parse_example
 from sora_jax.data.sources import find_dataset, open_records, read_record, read_splits, split_spans
+from sora_jax.patches.patchify import grid_shape, patchify
+from sora_jax.patches.positions import grid_positions
+from sora_jax.patches.rows import Segment, fill_row, stack_rows
 
 REPORT = "report.json"
 _ORDER, _DRAW = 0, 1  # of generators
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDataConfig(BatchConfig):
+    """Latents that `experiments/prepare_data.py latents` stored, each a row of its own.
+
+    Attributes:
+        path: directory of the data set.
+        row_length: patches of an image's latents, L.
+        seed: of order, mirror images and the draws from the posteriors.
+    """
+
+    eval_splits: tuple[str, ...] = ()
+    path: str = ""
+    row_length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.row_length >= 1, self, "row_length", "at least 1")
+        check(self.seed >= 0, self, "seed", "at least 0")
+
+    @property
+    def text_length(self) -> int:
+        """Caption tokens of a row."""
+        return 0
+
+    @property
+    def max_segments(self) -> int:
+        """Images of a row."""
+        return 1
 
 
 class LatentExample(NamedTuple):
@@ -191,3 +227,37 @@ class LatentBatches:
 
     def close(self) -> None:
         """Does nothing: there is no process to end."""
+
+
+class LatentRows(LatentBatches):
+    """`LatentBatches` as packed rows of one image each, as the pipeline of pixels gives them.
+
+    Args:
+        source: of the latents.
+        patch: that they are cut into.
+        **batches: further arguments of `LatentBatches`.
+
+    Raises:
+        ValueError: latents of other channels than the patch's, or that patches do not fill; and as `LatentBatches`.
+    """
+
+    def __init__(self, source: LatentSource, patch: PatchConfig, **batches: Any) -> None:
+        super().__init__(source, **batches)
+        height, width, channels = source.shape
+        if channels != patch.channels or height % patch.size[1] or width % patch.size[2]:
+            given = f"size {patch.size} and {patch.channels} channels"
+            raise ValueError(f"patch must cut latents of {source.shape} (h, w, c), got {given}.")
+        self._patch, self._grid = patch, grid_shape(1, height, width, patch.size)
+
+    def __next__(self) -> PackedBatch:
+        """Returns this host's rows of the next batch."""
+        batch, patch = super().__next__(), self._patch
+        positions = grid_positions(self._grid, 1.0, patch)
+        text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
+        budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
+        return stack_rows(
+            [
+                fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
+                for x, label in zip(batch.latents, batch.labels, strict=True)
+            ]
+        )

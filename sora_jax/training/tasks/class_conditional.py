@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PatchConfig, check
-from sora_jax.data.recognition import RecognitionDataConfig
+from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels
 from sora_jax.diffusion.losses import hybrid_error, prediction_error
@@ -44,6 +45,7 @@ class ClassSampleConfig:
         size: (height, width) in pixels or latent cells.
         num_steps: of the respaced ancestral sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
+        vae: directory of the autoencoder that latents are decoded by; without it the sheet shows their first channels.
     """
 
     labels: tuple[int, ...] = (0, 1, 2, 3)
@@ -51,6 +53,7 @@ class ClassSampleConfig:
     size: tuple[int, int] = (32, 32)
     num_steps: int = 50
     guidance_scale: float = 2.0
+    vae: str = ""
 
     def __post_init__(self) -> None:
         check(bool(self.labels) and min(self.labels) >= 0, self, "labels", "classes, at least one")
@@ -64,7 +67,7 @@ class ClassConditionalConfig(ExperimentConfig):
     """Training of a DiT on labelled images, of one size or each of its own.
 
     Attributes:
-        data: what it is trained on; its labels are the classes.
+        data: pixels or latents that it is trained on; their labels are the classes.
         patch: of the rows: the model's.
         model: the network.
         process: of the noise; its variance is learned where the model's is.
@@ -72,9 +75,9 @@ class ClassConditionalConfig(ExperimentConfig):
         sample: the sample sheet.
     """
 
-    data: RecognitionDataConfig = RecognitionDataConfig()  # noqa: RUF009
-    patch: PatchConfig = PatchConfig(size=(1, 2, 2))  # noqa: RUF009
-    model: DiTConfig = DiTConfig(in_channels=3)  # noqa: RUF009
+    data: RecognitionDataConfig | LatentDataConfig = LatentDataConfig()  # noqa: RUF009
+    patch: PatchConfig = PatchConfig(size=(1, 2, 2), channels=4)  # noqa: RUF009
+    model: DiTConfig = DiTConfig()  # noqa: RUF009
     process: GaussianConfig = GaussianConfig(variance="learned", loss="hybrid", discrete=True)  # noqa: RUF009
     class_dropout: float = 0.1
     sample: ClassSampleConfig = ClassSampleConfig()
@@ -86,8 +89,7 @@ class ClassConditionalConfig(ExperimentConfig):
         check(self.patch.size == (1, size, size), self.patch, "size", f"the model's (1, {size}, {size})")
         channels = self.model.in_channels
         check(self.patch.channels == channels, self.patch, "channels", f"the model's {channels}")
-        check(self.data.label == "class", self.data, "label", "'class': the class is what the model is told")
-        check(self.data.num_frames == 1, self.data, "num_frames", "1: DiT makes images")
+        self._check_data()
         learned = self.model.learned_variance
         allowed = "hybrid where the model learns its variance" if learned else "simple where the variance is fixed"
         check(self.process.loss == ("hybrid" if learned else "simple"), self.process, "loss", allowed)
@@ -95,6 +97,22 @@ class ClassConditionalConfig(ExperimentConfig):
         check(max(self.sample.labels) < self.model.num_classes, self.sample, "labels", "classes of the model")
         whole = all(side % size == 0 for side in self.sample.size)
         check(whole, self.sample, "size", f"multiples of the patch's {size}")
+
+    def _check_data(self) -> None:
+        """Raises ValueError where the rows are not such that the model takes."""
+        data, patch = self.data, self.model.patch_size
+        if isinstance(data, LatentDataConfig):
+            tokens = math.prod(self.model.grid)
+            check(data.row_length == tokens, data, "row_length", f"the {tokens} patches of the model's image_size")
+            return
+        check(data.label == "class", data, "label", "'class': the class is what the model is told")
+        check(data.num_frames == 1, data, "num_frames", "1: DiT makes images")
+        check(data.text_length == 0, data, "text_length", "0: DiT is told classes, no captions")
+        if isinstance(data.sampling, FixedSize):
+            whole = all(side % patch == 0 for side in data.sampling.size)
+            check(whole, data.sampling, "size", f"multiples of the patch's {patch}")
+            tokens = math.prod(side // patch for side in data.sampling.size)
+            check(data.row_length >= tokens, data, "row_length", f"at least the {tokens} patches of an image")
 
 
 class ClassConditionalTask:

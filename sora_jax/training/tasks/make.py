@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.attention import AttentionFn
+from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask
 from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
 from sora_jax.training.tasks.recognition import RecognitionConfig, recognition_task
 from sora_jax.training.tasks.sora import SoraTask
@@ -24,6 +25,8 @@ def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None)
         return SoraTask(config, attention_fn)
     if isinstance(config, DiffusionConfig):
         return diffusion_task(config)
+    if isinstance(config, ClassConditionalConfig):
+        return ClassConditionalTask(config, attention_fn)
     if isinstance(config, RecognitionConfig):
         return recognition_task(config, attention_fn)
     raise TypeError(f"no task for a config of type {type(config).__name__}.")
