@@ -2,8 +2,9 @@
 
 CONFIG is the name of a file in experiments/configs/ or the path of a Python file with a function
 `config() -> ExperimentConfig`. Every value of the config can be set on the command line by its dotted name.
-An experiment on a likelihood (swiss_roll, heartbeat, dead_leaves, ddpm_digits) trains a run for each of its seeds and
-ends with a report: a table, pictures in WORKDIR and, with --json, its figures. Starting again in the same WORKDIR
+An experiment on a likelihood (swiss_roll, heartbeat, dead_leaves, ddpm_digits) or on recognition (ViT, ViViT, NaViT)
+trains a run for each of its seeds, and for each of a grid of learning rates where it has one, and ends with a report: a
+table, pictures in WORKDIR and, with --json, its figures. Starting again in the same WORKDIR
 continues exactly where the run stopped. Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
 line says which, and WORKDIR/DONE exists only when it has finished), 1 when it failed, 2 for an unusable command line.
 
@@ -13,6 +14,8 @@ Examples:
     python experiments/train.py my_config.py --workdir runs/tuned --data.path data/mine --init-from runs/nano
     python experiments/train.py sora_nano --dry-run --json plan.json
     python experiments/train.py swiss_roll --json swiss_roll.json
+    python experiments/train.py navit_stills --data.path data/stills/1.0.0 --json navit_stills.json
+    python experiments/train.py vivit_b_16x2_model1 --data.path data/kinetics --init-from models/vit_b_16
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ def parse(argv: list[str]) -> Arguments:
             arguments = dataclasses.replace(arguments, workdir=f"runs/{pathlib.Path(arguments.name).stem}")
         if getattr(arguments.config.data, "path", None) == "":
             unusable("--data.path is needed, the directory of a prepared data set (experiments/prepare_data.py).")
-        if arguments.json and isinstance(arguments.config, SoraConfig):
+        if arguments.json and not isinstance(arguments.config, StudyConfig):
             unusable("--json belongs to --dry-run here; a run writes its figures to WORKDIR/metrics.jsonl.")
     if arguments.json is not None:
         try:

@@ -18,8 +18,11 @@ from sora_jax.parallel.multihost import first_process_first
 C = TypeVar("C", bound=ExperimentConfig)
 
 
-def open_pipeline(config: Any, captions: Any, split: str, training: bool) -> Any:
-    """Opens the pipeline of a split: endless where it is trained on, else once through and with every caption."""
+def open_pipeline(config: Any, captions: Any, split: str, training: bool, alone: bool = False) -> Any:
+    """Opens the pipeline of a split: endless where it is trained on, else once through and with every caption.
+
+    Each host gets its share of the rows, or all of them where it is `alone`.
+    """
     from sora_jax.data.pipeline import make_pipeline
 
     return make_pipeline(
@@ -28,8 +31,8 @@ def open_pipeline(config: Any, captions: Any, split: str, training: bool) -> Any
         captions,
         split,
         training=training,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=0 if alone else jax.process_index(),
+        process_count=1 if alone else jax.process_count(),
     )
 
 

@@ -71,9 +71,8 @@ class RecognitionSetup:
             raise ValueError(f"data.eval_splits: none of {', '.join(config.data.eval_splits)} is in the data set.")
         self.headline = ("recall_at_1", "recall") if isinstance(config, ContrastiveConfig) else ("accuracy",) * 2
         self._workdir, self._console = workdir, console
-        self._splits = dict.fromkeys((config.data.split, config.selection_split, *self.config.data.eval_splits))
-        if not config.learning_rates:
-            del self._splits[config.selection_split]
+        chosen_on = (config.selection_split,) if config.learning_rates else ()
+        self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
         for split in self._splits:
             check_source(config, open_source(config.data.path, split))
         self._captions = functools.cache(self._read_captions)
@@ -82,8 +81,7 @@ class RecognitionSetup:
         """Returns the captions' token states, None where the data leaves the captions out."""
         if not self.config.data.text_length:
             return None
-        splits = tuple(self._splits)
-        return packed.caption_table(self.config.data, self.config.text_dim, splits, self._workdir, self._console)
+        return packed.caption_table(self.config.data, self.config.text_dim, self._splits, self._workdir, self._console)
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""
@@ -250,7 +248,7 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
     function = task.embeddings if contrastive else lambda params, batch: (task.outputs(params, batch).logits,)
     compiled = jax.jit(function)
     parts: list[tuple[Array, ...]] = []
-    with packed.open_pipeline(config, captions, split, training=False) as batches:
+    with packed.open_pipeline(config, captions, split, training=False, alone=True) as batches:
         for batch in tqdm(batches, desc=label, unit="batch", delay=2.0, leave=False):
             there = batch.clip_ids >= 0
             out = jax.device_get(compiled(params, batch))
