@@ -157,8 +157,10 @@ def load_config(name: str, kind: type[ExperimentConfig] = ExperimentConfig) -> A
 
 def dry_run(arguments: Arguments) -> int:
     """Checks the config and prints what a step costs; allocates nothing."""
+    from sora_jax.models.dit import num_table_params
     from sora_jax.training.flops import step_flops
     from sora_jax.training.state import init_params
+    from sora_jax.training.tasks.class_conditional import ClassConditionalTask
     from sora_jax.training.tasks.make import make_task
     from sora_jax.training.tasks.recognition import RecognitionTask
 
@@ -182,10 +184,14 @@ def dry_run(arguments: Arguments) -> int:
         "flops_per_step": step_flops(task),
         "mesh": mesh,
     }
+    if isinstance(task, ClassConditionalTask):
+        figures["num_table_params"] = num_table_params(config.model)
     if isinstance(task, RecognitionTask) and (operations := task.forward_flops_of_one()):
         figures["forward_macs"] = operations // 2
     table = rich.table.Table("", arguments.name, title="one training step")
     table.add_row("parameters", f"{figures['num_params']:,}")
+    if "num_table_params" in figures:
+        table.add_row("fixed table of positions", f"{figures['num_table_params']:,}")
     if packed:
         table.add_row("tokens (slots of rows)", f"{figures['tokens_per_step']:,}")
     else:
