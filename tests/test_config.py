@@ -4,17 +4,18 @@ import json
 import pytest
 
 from sora_jax import config as c
+from sora_jax.config_json import from_json, to_json
 
 
 def test_json_round_trip_keeps_every_value():
     config = c.SoraConfig(
         data=c.DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
     )
-    assert c.from_json(c.SoraConfig, c.to_json(config)) == config
+    assert from_json(c.SoraConfig, to_json(config)) == config
 
 
 def edited(**changes):
-    values = json.loads(c.to_json(c.SoraConfig()))
+    values = json.loads(to_json(c.SoraConfig()))
     for path, value in changes.items():
         *parents, last = path.split("__")
         target = values
@@ -42,7 +43,7 @@ def edited(**changes):
 )
 def test_json_is_read_strictly(changes, message):
     with pytest.raises(ValueError, match=message):
-        c.from_json(c.SoraConfig, edited(**changes))
+        from_json(c.SoraConfig, edited(**changes))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"array_types", "config"}
+BASE = {"array_types", "config", "config_json"}
 ALLOWED = {
     "array_types": set(),
     "config": set(),
+    "config_json": set(),
     "diffusion": BASE | {"patches"},
     "patches": BASE,
     "models": BASE | {"diffusion", "patches"},

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.efficientnet import load_efficientnet
 from sora_jax.data.decode import flatten
 from sora_jax.data.sources import ClipSource, open_source

@@ -15,7 +15,7 @@ from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.diffusers_reader import find_weights, is_count, read_options, read_weights, with_new_names
 from sora_jax.models.unet import UNet, UNetConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes

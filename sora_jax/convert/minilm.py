@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from sora_jax.array_types import Array, NumpyArray
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.rounding import compensated_rounding
 from sora_jax.models.quantize import quantize_tensors
 from sora_jax.models.text.minilm import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, MiniLM, MiniLMConfig, check_tensors

@@ -22,7 +22,7 @@ from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.diffusers_reader import find_weights, is_count, read_options, read_weights, with_new_names
 from sora_jax.convert.torch_reader import read_torch
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params

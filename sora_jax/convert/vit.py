@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.torch_reader import read_state_dict
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, flat_group_norms, npz_stem, timm_to_npz
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params

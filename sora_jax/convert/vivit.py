@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from flax import linen as nn
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.vit import common_options, expect_options, gather_tensors, read_torch_model, torch_sources
 from sora_jax.models.vivit import ViViT, ViViTConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes

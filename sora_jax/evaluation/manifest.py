@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import PyTree
-from sora_jax.config import from_json, to_json
+from sora_jax.config_json import from_json, to_json
 from sora_jax.evaluation.whole_files import writing
 from sora_jax.models.weights import flat_names
 

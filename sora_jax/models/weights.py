@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
-from sora_jax.config import from_json
+from sora_jax.config_json import from_json
 from sora_jax.models.quantize import dequantize_tensors
 
 T = TypeVar("T")

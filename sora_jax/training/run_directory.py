@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from sora_jax.config import ExperimentConfig, SoraConfig, from_json, to_json
+from sora_jax.config import ExperimentConfig, SoraConfig
+from sora_jax.config_json import from_json, to_json
 
 Config = TypeVar("Config", bound=ExperimentConfig)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.ddpm import convert_config, convert_ddpm, convert_tensors
 from sora_jax.models.unet import UNet, UNetConfig, load_unet
 from sora_jax.models.weights import flat_names

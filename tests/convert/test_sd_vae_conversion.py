@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.sd_vae import convert_config, convert_sd_vae, convert_tensors
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
 from sora_jax.models.weights import flat_names

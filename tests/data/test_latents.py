@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from flax import linen as nn
 from PIL import Image
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.latents import LatentOptions, center_crop, prepare_latents
 from sora_jax.data.builders.parts import ClipTask, Encoding

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sora_jax.config import from_json, to_json
+from sora_jax.config_json import from_json, to_json
 from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig, init_params
 from sora_jax.models.unet import UNetConfig
 from sora_jax.parallel.rules import partition_spec

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from sora_jax.config import from_json, to_json
+from sora_jax.config_json import from_json, to_json
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig, Unit
 from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params
 from sora_jax.models.weights import flat_names

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sora_jax.config import from_json, to_json
+from sora_jax.config_json import from_json, to_json
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.vit import ViT, ViTConfig
 from sora_jax.models.vit import abstract_params as vit_shapes

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import tiny_run
 
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.models.weights import flat_names
 from sora_jax.training import state as states
 from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, load_model

@@ -10,7 +10,8 @@ import pytest
 from tiny_recognition import RandomRows, fill, random_rows
 from tiny_run import assert_same_runs
 
-from sora_jax.config import OptimizerConfig, PatchConfig, from_json, to_json
+from sora_jax.config import OptimizerConfig, PatchConfig
+from sora_jax.config_json import from_json, to_json
 from sora_jax.data.latents import LatentDataConfig
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
 from sora_jax.models.dit import DiTConfig

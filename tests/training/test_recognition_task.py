@@ -13,7 +13,8 @@ from flax.core import meta
 from tiny_recognition import NATIVE, NAVIT, PAIRS, VIT, VIVIT, RandomRows, fill, random_batch, random_rows
 from tiny_run import assert_same_runs
 
-from sora_jax.config import PatchConfig, from_json, to_json
+from sora_jax.config import PatchConfig
+from sora_jax.config_json import from_json, to_json
 from sora_jax.data.recognition import FixedSize, NativeSize
 from sora_jax.models.fine_tune import start_from
 from sora_jax.models.navit import NaViT

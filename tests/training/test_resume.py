@@ -103,7 +103,8 @@ def test_stopped_in_the_middle_of_packing(clips, tmp_path):
 
 
 CONFIG_FILE = """
-from sora_jax.config import SoraConfig, from_json
+from sora_jax.config import SoraConfig
+from sora_jax.config_json import from_json
 
 def config():
     return from_json(SoraConfig, {text!r})
@@ -113,7 +114,7 @@ def config():
 @pytest.mark.slow
 def test_killed_while_a_save_is_under_way(clips, tmp_path):
     """`kill -9` of the script, each time a checkpoint's temporary folder is there, until the run is through."""
-    from sora_jax.config import to_json
+    from sora_jax.config_json import to_json
 
     config = dataclasses.replace(
         clips, save_every=1, num_steps=12, model=dataclasses.replace(clips.model, text_dim=384),

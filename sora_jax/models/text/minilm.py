@@ -25,7 +25,8 @@ from flax import traverse_util
 from tokenizers import Tokenizer
 
 from sora_jax.array_types import Array, Bool, Float, Int, NumpyArray, PyTree
-from sora_jax.config import check, from_json
+from sora_jax.config import check
+from sora_jax.config_json import from_json
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.quantize import dequantize_tensors
