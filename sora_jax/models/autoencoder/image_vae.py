@@ -34,7 +34,7 @@ from sora_jax.config import check
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.autoencoder.protocol import Posterior
 from sora_jax.models.layers import conv, dense
-from sora_jax.models.weights import check_shapes, read_model
+from sora_jax.models.weights import read_model
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """What the log variance of a posterior is clipped to, as in latent diffusion's code."""
@@ -377,6 +377,4 @@ def load_image_vae(path: epath.PathLike) -> tuple[ImageVAEConfig, PyTree]:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or parameters that are not those of the config.
     """
-    config, params = read_model(path, ImageVAEConfig, "image VAE")
-    check_shapes(params, nn.meta.unbox(abstract_params(ImageVAE(config))), str(path))
-    return config, params
+    return read_model(path, ImageVAEConfig, "image VAE", lambda config: abstract_params(ImageVAE(config)))
