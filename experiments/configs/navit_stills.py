@@ -7,7 +7,7 @@ python experiments/train.py navit_stills --data.path data/stills/1.0.0 --json na
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
 from sora_jax.models.navit import NaViTConfig
-from sora_jax.patches.token_drop import BetaDrop
+from sora_jax.patches.token_drop import ResolutionDrop
 from sora_jax.training.tasks.recognition import ClassificationConfig
 
 
@@ -15,10 +15,12 @@ def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
         data=RecognitionDataConfig(
-            sampling=NativeSize(sides=(12.0, 32.0), token_drop=BetaDrop(mean=0.25, highest=0.8)),
-            row_length=256,
-            max_segments=32,
-            batch_size=4,
+            sampling=NativeSize(
+                sides=(16.0, 32.0), mean=0.0, token_drop=ResolutionDrop(num_tokens=(16, 64), rates=(0.0, 0.4))
+            ),
+            row_length=128,
+            max_segments=16,
+            batch_size=12,
             num_shards=1,
         ),
         patch=PatchConfig(size=(1, 4, 4)),
@@ -29,7 +31,7 @@ def config() -> ClassificationConfig:
             learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99, final_share=0.01
         ),
         num_seeds=3,
-        learning_rates=(5e-4, 1e-3, 2e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3),
         beside=("vit_stills",),
         test_sides=(12, 16, 20, 24, 32, 40, 48, 64),
         num_steps=1000,

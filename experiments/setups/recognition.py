@@ -228,7 +228,12 @@ def at_side(config: RecognitionConfig, params: PyTree, side: int | None) -> tupl
         model, params = resize_images(config.model, params, (side, side))
         data = dataclasses.replace(config.data.at_side(side), row_length=math.prod(model.grid))
         return dataclasses.replace(config, model=model, data=data), params
-    return dataclasses.replace(config, data=config.data.at_side(side)), params
+    # Room for the patches of an image of that size, rounded up along both sides of an elongated one.
+    patches = round(1.5 * side**2 / math.prod(config.patch.size[1:])) * -(
+        -config.data.num_frames // config.patch.size[0]
+    )
+    data = dataclasses.replace(config.data.at_side(side), row_length=max(config.data.row_length, patches))
+    return dataclasses.replace(config, data=data), params
 
 
 def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any = None) -> Report:
