@@ -199,7 +199,8 @@ def check_source(config: RecognitionConfig, source: ClipSource) -> None:
     if isinstance(model, NaViTConfig):
         side = max(config.data.sampling.sides[1], *config.test_sides, 0)
         sizes = np.stack([source.metadata.height, source.metadata.width], axis=1).astype(float)
-        scale = np.minimum(side / np.sqrt(sizes.prod(axis=1, keepdims=True)), 1)
+        scale = side / np.sqrt(sizes.prod(axis=1, keepdims=True))
+        scale = scale if config.data.sampling.enlarge else np.minimum(scale, 1)
         cells = np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).max(axis=0).astype(int)
         frames = math.ceil(config.data.num_frames / config.patch.size[0])
         check_positions(model, grid_positions((frames, *cells.tolist()), config.data.fps, config.patch))

@@ -36,16 +36,18 @@ class NativeSize:
     """The aspect is kept, the size drawn and tokens dropped (arXiv:2307.06304); see `sample_size`.
 
     Attributes:
-        sides: (smallest, largest) of what is drawn, the square root of the area in pixels; nothing is enlarged.
-            Held-out images have the largest.
+        sides: (smallest, largest) of what is drawn, the square root of the area in pixels; held-out images have the
+            largest.
         mean: of the normal number in [-1, 1] that the side is linear in.
         std: of that number.
+        enlarge: images that are smaller than what is drawn; without it they keep the size that they are stored at.
         token_drop: how many patches of a sample are left out in training (None: none).
     """
 
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
     std: float = 1.0
+    enlarge: bool = False
     token_drop: TokenDrop | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +95,9 @@ class RecognitionDataConfig(PackedDataConfig):
         return held_out.at_side(self.sampling.sides[1])
 
     def at_side(self, side: float) -> RecognitionDataConfig:
-        """Returns the config of whole images whose area is `side` squared, in pixels (or less where they are small).
+        """Returns the config of whole images whose area is `side` squared, in pixels.
+
+        Small ones keep the size that they are stored at where none is enlarged.
 
         Images of one size are stretched to (side, side).
         """
@@ -152,13 +156,13 @@ def draw_recognition_sample(
 
     sampling = data.sampling
     try:
-        size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std)
+        size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std, sampling.enlarge)
     except ValueError as error:
         return str(error).rstrip(".")  # smaller than a patch
     reduced = num_tokens(data.num_frames, *size, patch.size) > data.row_length
     if reduced:
         resize = data.oversize == "resize"
-        size = fit_size(height, width, max(size), patch, data.num_frames, data.row_length) if resize else None
+        size = fit_size(*size, max(size), patch, data.num_frames, data.row_length) if resize else None
         if size is None:
             return TOO_LARGE
     num_kept = drop_seed = 0

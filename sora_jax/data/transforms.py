@@ -160,12 +160,13 @@ def sample_size(
     patch: PatchConfig,
     mean: float = -0.5,
     std: float = 1.0,
+    enlarge: bool = False,
 ) -> tuple[int, int]:
     """Draws the size of an image or clip as NaViT does (arXiv:2307.06304, section 3.2): its area is a side squared.
 
     The side is linear in a normal number within [-1, 1], which the bounds of `sides` stand for (64 and 384 in the
     paper). The best of those compared (Fig. 7) has the mean -0.5, which prefers small images; the runs of Fig. 1 draw
-    the side uniformly (Appendix A.1). Deviation: nothing is enlarged; the side stops at that of the stored image.
+    the side uniformly (Appendix A.1). Deviation: without `enlarge` the side stops at that of the stored image.
 
     Args:
         rng: of this draw.
@@ -175,6 +176,7 @@ def sample_size(
         patch: gives the multiples.
         mean: of the normal number.
         std: of the normal number.
+        enlarge: images that are smaller than what is drawn.
 
     Returns:
         (height, width), multiples of the patch's and at least one; the aspect is kept to within a patch.
@@ -189,7 +191,10 @@ def sample_size(
     if height < ph or width < pw:
         raise ValueError(f"an image of {height} x {width} pixels is smaller than a patch of {ph} x {pw}.")
     share = (truncated_normal(rng, mean, std, -1.0, 1.0) + 1) / 2
-    scale = min((smallest + share * (largest - smallest)) / math.sqrt(height * width), 1.0)
+    scale = (smallest + share * (largest - smallest)) / math.sqrt(height * width)
+    if enlarge:
+        return max(round(height * scale / ph), 1) * ph, max(round(width * scale / pw), 1) * pw
+    scale = min(scale, 1.0)
     # Rounding must not make it larger than it is stored either.
     return tuple(
         max(min(round(value * scale / size), value // size), 1) * size for value, size in ((height, ph), (width, pw))

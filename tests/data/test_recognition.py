@@ -63,6 +63,19 @@ def test_one_size_stretches_and_the_native_one_keeps_the_aspect():
         assert 6 <= np.sqrt(height * width) <= 27
 
 
+def test_small_images_are_enlarged_where_that_is_asked_for():
+    """A side of 24 pixels, for an image of 10 x 20: 17 x 34."""
+    sampling = NativeSize((24.0, 24.0))
+    sizes = [
+        (s.height, s.width)
+        for s in (
+            draw(dataclasses.replace(NATIVE, sampling=dataclasses.replace(sampling, enlarge=e)), height=10, width=20)
+            for e in (False, True)
+        )
+    ]
+    assert sizes == [(8, 20), (16, 32)]
+
+
 def test_held_out_images_are_whole_and_at_the_largest_size():
     dropping = dataclasses.replace(NATIVE, sampling=NativeSize((8.0, 24.0), token_drop=ConstantDrop(0.5)))
     held_out = dropping.for_evaluation()
