@@ -7,7 +7,7 @@ python experiments/train.py navit_stills --data.path data/stills/1.0.0 --json na
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
 from sora_jax.models.navit import NaViTConfig
-from sora_jax.patches.token_drop import BetaDrop
+from sora_jax.patches.token_drop import ResolutionDrop
 from sora_jax.training.tasks.recognition import ClassificationConfig
 
 
@@ -15,7 +15,12 @@ def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
         data=RecognitionDataConfig(
-            sampling=NativeSize(sides=(12.0, 32.0), mean=0.0, enlarge=True, token_drop=BetaDrop(mean=0.2, highest=0.8)),
+            sampling=NativeSize(
+                sides=(16.0, 32.0),
+                mean=0.0,
+                enlarge=True,
+                token_drop=ResolutionDrop(num_tokens=(16, 64), rates=(0.0, 0.4)),
+            ),
             row_length=128,
             max_segments=16,
             batch_size=12,
