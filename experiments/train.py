@@ -222,12 +222,17 @@ def join_hosts() -> None:
 
 def setup_module(config: ExperimentConfig) -> Any:
     """Returns the module with the setup of this kind of experiment, and how it stands beside others."""
+    from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
     from sora_jax.training.tasks.recognition import RecognitionConfig
 
     if isinstance(config, RecognitionConfig):
         from setups import recognition
 
         return recognition
+    if isinstance(config, ClassConditionalConfig):
+        from setups import class_conditional
+
+        return class_conditional
     from setups import diffusion
 
     return diffusion
@@ -267,11 +272,15 @@ def run_study(arguments: Arguments, console: rich.console.Console) -> int:
         count = experiment.num_seeds + max(len(getattr(experiment, "learning_rates", ())) - 1, 0)
         runs = f"{name}: {count} x {experiment.num_steps:,} steps"
         console.print(runs if name == arguments.name else f"{runs}, beside it", highlight=False)
+    for experiment in configs.values():  # what one of them lacks is said before any is trained
+        make_setup(experiment, workdir, console)
     means = {}
     for name, experiment in configs.items():
         setups = run_seeds(name, experiment, workdir, arguments.init_from if name == arguments.name else None, console)
         if setups is None:
             return 0
+        for setup in setups:
+            setup.prepare_report()
         if jax.process_index() == 0:
             reports = [setup.report() for setup in setups]
             means[name] = mean_over_seeds(reports, *setups[0].headline)

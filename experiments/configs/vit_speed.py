@@ -14,6 +14,7 @@ def config() -> ClassificationConfig:
             num_frames=1,
             fps=24.0,
             speeds=(1.0, 6.0),
+            min_seconds=1.75,  # as long as the clips of the ViViTs
             label="speed",
             row_length=16,
             max_segments=1,

@@ -24,6 +24,7 @@ from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
 from sora_jax.evaluation.views import multi_view_logits
 from sora_jax.generation.video_io import check_writable, write_whole
+from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.vivit import ViViT, ViViTConfig
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.training.run_directory import read_config
@@ -40,7 +41,7 @@ class ClassifyOptions:
         split: of it.
         sides: of ViT and NaViT: sizes of the images, the square root of their area in pixels (default: the model's).
         views: of ViViT: (clips, crops) whose logits are averaged; (1, 1) stretches each clip as training does.
-        fps: of the frames of a converted ViViT (the paper's are 12.5 a second of Kinetics' 25).
+        fps: of the frames of a converted ViViT (default: 12.5, every other of Kinetics' 25).
         batch_size: rows at a time.
         json: also write the table's figures to this file.
     """
@@ -50,11 +51,13 @@ class ClassifyOptions:
     split: str = "unseen"
     sides: tuple[int, ...] = ()
     views: tuple[int, int] = (1, 1)
-    fps: float = 12.5
+    fps: float | None = None
     batch_size: int = 16
     json: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.sides and self.views != (1, 1):
+            raise ValueError(f"sides and views do not go together, got {self.sides} and {self.views}.")
         for name, values in {"sides": self.sides, "views": self.views, "batch_size": (self.batch_size,)}.items():
             if any(value < 1 for value in values):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -70,8 +73,12 @@ def classify(options: ClassifyOptions) -> None:
     if options.json is not None:
         check_writable("--json", options.json)
     config, params = read_classifier(options)
-    check_source(config, open_source(config.data.path, options.split))
     video = isinstance(config.model, ViViTConfig)
+    if options.sides and video:
+        raise ValueError(f"sides are for ViT and NaViT: a ViViT takes clips of one size, got {options.sides}.")
+    if isinstance(config.model, NaViTConfig):
+        config = dataclasses.replace(config, test_sides=options.sides)
+    check_source(config, open_source(config.data.path, options.split))
     if options.views != (1, 1) and not video:
         raise ValueError(f"views are of ViViT's clips, got {options.views} for a {type(config.model).__name__}.")
     results: dict[str, Any] = {}
@@ -80,7 +87,7 @@ def classify(options: ClassifyOptions) -> None:
     else:
         for side in options.sides or (None,):
             name = "as trained" if side is None else f"side {side}"
-            results[name] = score(*at_side(config, params, side), options.split)
+            results[name] = score(*at_side(config, params, side, options.split), options.split)
     table = rich.table.Table("", "accuracy", "standard error", "most frequent class", "scored", "left out")
     for name, r in results.items():
         shares = (f"{r[key]:.4f}" for key in ("accuracy", "accuracy_stderr", "most_frequent"))
@@ -98,6 +105,8 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
     directory = path.parent.parent if path.parent.name == "checkpoints" else path
     shared = dict(batch_size=options.batch_size, num_shards=1, num_workers=0)
     if "optimizer" in json.loads((directory / "config.json").read_text()):
+        if options.fps is not None:
+            raise ValueError(f"fps is for converted weights: a run has its own, got {options.fps}.")
         config = read_config(directory, ClassificationConfig)
         data = dataclasses.replace(config.data, **shared, path=options.data or config.data.path)
         return dataclasses.replace(config, data=data), params
@@ -109,7 +118,7 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
         path=options.data,
         sampling=FixedSize(model.image_size),
         num_frames=frames,
-        fps=options.fps,
+        fps=options.fps or 12.5,
         row_length=num_tokens(frames, *model.image_size, patch),
         max_segments=1,
         num_bins=1,

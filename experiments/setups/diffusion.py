@@ -78,6 +78,9 @@ class DiffusionSetup:
         """Returns a picture of images sampled by few steps, (H, W, 3) uint8."""
         return pictures.sample_sheet(self._task, params)
 
+    def prepare_report(self) -> None:
+        """Does nothing: no host needs another for it."""
+
     def report(self) -> Report:
         """Scores the finished run; writes its figures and pictures into its directory.
 

@@ -39,6 +39,8 @@ from sora_jax.training.tasks.recognition import (
     recognition_task,
 )
 
+SCORED_ROWS = 16  # at a time
+
 
 class RecognitionSetup:
     """A run on a prepared data set.
@@ -68,14 +70,22 @@ class RecognitionSetup:
         check_channels(config.patch)
         self.config = packed.without_missing_splits(config, console)
         if not self.config.data.eval_splits:
-            raise ValueError(f"data.eval_splits: none of {', '.join(config.data.eval_splits)} is in the data set.")
-        self.headline = ("recall_at_1", "recall") if isinstance(config, ContrastiveConfig) else ("accuracy",) * 2
+            asked = ", ".join(config.data.eval_splits) or "nothing"
+            raise ValueError(
+                f"data.eval_splits must name a split to score, got {asked}, which {config.data.path} lacks."
+            )
+        contrastive = isinstance(config, ContrastiveConfig)
+        self.headline = ("recall_at_1", "recall") if contrastive else ("accuracy", "accuracy")
         self._workdir, self._console = workdir, console
         chosen_on = (config.selection_split,) if config.learning_rates else ()
         self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
         for split in self._splits:
             check_source(config, open_source(config.data.path, split))
         self._captions = functools.cache(self._read_captions)
+
+    def prepare_report(self) -> None:
+        """Reads the captions, on every host at once: where they are encoded, the hosts wait for each other."""
+        self._captions()
 
     def _read_captions(self) -> Any:
         """Returns the captions' token states, None where the data leaves the captions out."""
@@ -137,7 +147,7 @@ class RecognitionSetup:
         return load_model(self._workdir, kind=type(self.config))[1]
 
     def _score(self, params: PyTree, split: str, side: int | None = None) -> Report:
-        config, params = at_side(self.config, params, side)
+        config, params = at_side(self.config, params, side, split)
         return score(config, params, split, self._captions())
 
     def _costs(self, split: str) -> Report:
@@ -178,6 +188,10 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
     if not file.exists():  # a checkpoint of a run, or nothing
         file = epath.Path(path).parent.parent / CONFIG_FILE
     keys = json.loads(file.read_text()) if file.exists() else {}
+    if not keys:
+        runs = [run.parent.name for run in sorted(epath.Path(path).glob(f"*/{CONFIG_FILE}"))]
+        if runs:
+            raise ValueError(f"{path} holds several runs, name one of them: {', '.join(runs)}.")
     if "optimizer" not in keys:
         return load_vivit(path) if "tubelet_size" in keys else load_vit(path)
     kind = ContrastiveConfig if "embedding_dim" in keys else ClassificationConfig
@@ -186,7 +200,10 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
 
 
 def check_source(config: RecognitionConfig, source: ClipSource) -> None:
-    """Raises ValueError where a split has other classes than the model, or images that its positions do not reach."""
+    """Raises ValueError where a split has other classes than the model, or images that its positions do not reach.
+
+    Images are taken at the largest of `config.test_sides` and of the sides that they are trained at.
+    """
     model = config.model
     if isinstance(config, ClassificationConfig) and config.data.label == "class":
         names = source.label_names
@@ -197,13 +214,17 @@ def check_source(config: RecognitionConfig, source: ClipSource) -> None:
                 f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
             )
     if isinstance(model, NaViTConfig):
-        side = max(config.data.sampling.sides[1], *config.test_sides, 0)
-        sizes = np.stack([source.metadata.height, source.metadata.width], axis=1).astype(float)
-        scale = side / np.sqrt(sizes.prod(axis=1, keepdims=True))
-        scale = scale if config.data.sampling.enlarge else np.minimum(scale, 1)
-        cells = np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).max(axis=0).astype(int)
+        height, width = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
         frames = math.ceil(config.data.num_frames / config.patch.size[0])
-        check_positions(model, grid_positions((frames, *cells.tolist()), config.data.fps, config.patch))
+        check_positions(model, grid_positions((frames, int(height), int(width)), config.data.fps, config.patch))
+
+
+def cells(config: RecognitionConfig, source: ClipSource, side: float) -> np.ndarray:
+    """Returns how many patches each image of a split has along height and width at a side, (N, 2)."""
+    sizes = np.stack([source.metadata.height, source.metadata.width], axis=1).astype(float)
+    scale = side / np.sqrt(sizes.prod(axis=1, keepdims=True))
+    scale = scale if config.data.sampling.enlarge else np.minimum(scale, 1)
+    return np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).astype(int)
 
 
 def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
@@ -211,10 +232,20 @@ def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
 
 
-def at_side(config: RecognitionConfig, params: PyTree, side: int | None) -> tuple[RecognitionConfig, PyTree]:
-    """Returns config and parameters for held-out images of another size.
+def with_plain_attention(config: RecognitionConfig) -> RecognitionConfig:
+    """Returns the config with a kernel that needs no mesh."""
+    plain = "auto" if isinstance(config.model, NaViTConfig) else "xla"
+    kept = plain if config.model.attention == "splash" else config.model.attention
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kept))
 
-    A ViT's positions are interpolated to the nearest multiple of its patch. Nothing changes where `side` is None.
+
+def at_side(
+    config: RecognitionConfig, params: PyTree, side: int | None, split: str
+) -> tuple[RecognitionConfig, PyTree]:
+    """Returns config and parameters for the images of a held-out split at another size.
+
+    A ViT's positions are interpolated to the nearest multiple of its patch; NaViT's rows are as long as the largest
+    image asks for. Nothing changes where `side` is None.
 
     Raises:
         ValueError: another size for a ViViT.
@@ -229,11 +260,9 @@ def at_side(config: RecognitionConfig, params: PyTree, side: int | None) -> tupl
         model, params = resize_images(config.model, params, (side, side))
         data = dataclasses.replace(config.data.at_side(side), row_length=math.prod(model.grid))
         return dataclasses.replace(config, model=model, data=data), params
-    # Room for the patches of an image of that size, rounded up along both sides of an elongated one.
-    patches = round(1.5 * side**2 / math.prod(config.patch.size[1:])) * -(
-        -config.data.num_frames // config.patch.size[0]
-    )
-    data = dataclasses.replace(config.data.at_side(side), row_length=max(config.data.row_length, patches))
+    frames = math.ceil(config.data.num_frames / config.patch.size[0])
+    needed = frames * int(cells(config, open_source(config.data.path, split), side).prod(axis=1).max())
+    data = dataclasses.replace(config.data.at_side(side), row_length=max(config.data.row_length, needed))
     return dataclasses.replace(config, data=data), params
 
 
@@ -246,7 +275,10 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
         split: of the data set.
         captions: their token states, for contrastive models.
     """
-    task = recognition_task(config)
+    # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that needs no mesh.
+    rows = min(config.data.batch_size, SCORED_ROWS)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows, num_shards=1))
+    task = recognition_task(with_plain_attention(config))
     params = jax.device_put(params)
     size = config.data.sampling.size if isinstance(config.data.sampling, FixedSize) else config.data.sampling.sides[1:]
     label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"
@@ -260,6 +292,8 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
             out = jax.device_get(compiled(params, batch))
             parts.append((*(x[there] for x in out[:2]), batch.labels[there]))
         left_out = sum(batches.statistics.skipped.values())
+    if not parts or not sum(len(part[0]) for part in parts):
+        raise ValueError(f"split {split!r} has nothing that can be scored; {left_out} images or clips were left out.")
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     count = len(columns[0])
     figures: Report = {"num_scored": count, "num_left_out": left_out}
@@ -288,9 +322,18 @@ def _most_frequent(labels: np.ndarray) -> float:
 
 
 def beside(config: RecognitionConfig, other: RecognitionConfig, name: str) -> RecognitionConfig:
-    """Returns another experiment as it is run beside one: on its data set, seeds and grid of learning rates."""
-    del name
-    data = dataclasses.replace(other.data, path=config.data.path, eval_splits=config.data.eval_splits)
+    """Returns another experiment as it is run beside one: on its clips and classes, seeds and grid of learning rates.
+
+    Raises:
+        ValueError: it has another number of classes.
+    """
+    if other.model.num_classes != config.model.num_classes:
+        raise ValueError(
+            f"beside must name experiments with as many classes, {config.model.num_classes}, got {name!r} with "
+            f"{other.model.num_classes}."
+        )
+    clips = ("path", "split", "eval_splits", "max_clips", "clip_seed")
+    data = dataclasses.replace(other.data, **{field: getattr(config.data, field) for field in clips})
     shared = ("seed", "num_seeds", "learning_rates", "selection_split")
     return dataclasses.replace(other, data=data, **{field: getattr(config, field) for field in shared})
 
@@ -298,8 +341,7 @@ def beside(config: RecognitionConfig, other: RecognitionConfig, name: str) -> Re
 def compare(means: dict[str, Report], workdir: epath.Path) -> None:
     """Adds to the first experiment what share of the others' training compute it took, and draws them all.
 
-    `compute_share` is of the operations of the whole training; `compute_share_to_reach` of those after which its
-    held-out score was first as high as the other's at the end (none where it never was).
+    `compute_share` is of the operations of the whole training.
     """
     names = list(means)
     first = means[names[0]]
@@ -308,11 +350,9 @@ def compare(means: dict[str, Report], workdir: epath.Path) -> None:
         other = means[name]
         stem = epath.Path(name).stem
         first[f"compute_share/{stem}"] = first["training_flops"] / other["training_flops"]
-        pairs = zip(first["evaluated_flops"], first["evaluated_scores"], strict=True)
-        reached = [flops for flops, value in pairs if value >= other[key]]
-        first[f"compute_share_to_reach/{stem}"] = reached[0] / other["training_flops"] if reached else None
+    kind = "retrieval within a batch" if key == "recall_at_1" else "accuracy, first batches"
     curves = {epath.Path(name).stem: (m["evaluated_flops"], m["evaluated_scores"]) for name, m in means.items()}
-    pictures = {"compute.png": plots.curves(curves, "training compute (FLOPs)", f"held-out {key}")}
+    pictures = {"compute.png": plots.curves(curves, "training compute (FLOPs)", f"held-out {kind}")}
     if all("test_sides" in m for m in means.values()):
         sides = {epath.Path(name).stem: (m["test_sides"], m["score_at_sides"]) for name, m in means.items()}
         pictures["resolutions.png"] = plots.curves(sides, "side of the test images (pixels)", f"held-out {key}")

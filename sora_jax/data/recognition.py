@@ -14,7 +14,7 @@ from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import TokenDrop, kept_tokens
 
 NO_LABEL = "its data set gives it no label"
-TOO_SHORT = "shorter than data.num_frames at data.fps and the highest of data.speeds"
+TOO_SHORT = "shorter than data.min_seconds, or than data.num_frames at data.fps and the highest of data.speeds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class NativeSize:
 
     def __post_init__(self) -> None:
         check_range(self, "sides", 1.0)
+        check(self.sides[1] < math.inf, self, "sides", "finite")
         check(-1 <= self.mean <= 1, self, "mean", "between -1 and 1")
         check(self.std > 0, self, "std", "positive")
 
@@ -66,6 +67,7 @@ class RecognitionDataConfig(PackedDataConfig):
         fps: frames a second of a sample.
         speeds: at which clips are played, each as likely as another: 2 takes the frames of twice the time, -1 runs
             backwards. Positions tell nothing of it.
+        min_seconds: clips that are shorter are left out.
         label: `class` of the data set, or the `speed`, by its index in `speeds`; or `none`.
     """
 
@@ -76,6 +78,7 @@ class RecognitionDataConfig(PackedDataConfig):
     num_frames: int = 1
     fps: float = 12.0
     speeds: tuple[float, ...] = (1.0,)
+    min_seconds: float = 0.0
     label: Literal["class", "speed", "none"] = "class"
 
     def __post_init__(self) -> None:
@@ -85,7 +88,9 @@ class RecognitionDataConfig(PackedDataConfig):
         proper = all(0 < abs(speed) < math.inf for speed in self.speeds)
         check(bool(self.speeds) and proper, self, "speeds", "numbers other than 0")
         if self.label == "speed":
-            check(len(set(self.speeds)) > 1, self, "speeds", "several where label is 'speed'")
+            distinct = len(set(self.speeds)) == len(self.speeds) > 1
+            check(distinct, self, "speeds", "several, and each once, where label is 'speed'")
+        check(0 <= self.min_seconds < math.inf, self, "min_seconds", "at least 0 and finite")
 
     def for_evaluation(self) -> RecognitionDataConfig:
         """Returns how held-out data is sampled: at the largest size and whole."""
@@ -143,7 +148,8 @@ def draw_recognition_sample(
     label = {"class": label, "speed": index, "none": -1}[data.label]
     # Seconds from the first frame to the last; a clip that is too short for one of the speeds would tell the others.
     whole, length = (clip_frames - 1) / clip_fps, (data.num_frames - 1) / data.fps
-    if data.label == "speed" and whole + 1e-3 < length * max(map(abs, data.speeds)):
+    needed = length * max(map(abs, data.speeds)) if data.label == "speed" else 0.0
+    if whole + 1e-3 < max(needed, data.min_seconds):
         return TOO_SHORT
     room = whole - length * abs(speed)
     sample = Sample(

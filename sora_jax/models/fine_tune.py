@@ -23,8 +23,9 @@ def start_from(
 ) -> PyTree:
     """Returns parameters of `target` that begin where those of `source` ended.
 
-    A head for another number of classes is all zeros. A ViT's positions are interpolated to another size of images
-    (arXiv:2010.11929, section 3.2), and a ViViT may begin with a ViT (arXiv:2103.15691, section 3.4).
+    A head of another shape, or behind another hidden layer, is all zeros. A ViT's positions are interpolated to
+    another size of images (arXiv:2010.11929, section 3.2), and a ViViT may begin with a ViT (arXiv:2103.15691,
+    section 3.4).
 
     Args:
         target: of the model that is to be trained.
@@ -49,7 +50,14 @@ def start_from(
         source, params = resize_images(source, params, target.image_size)
     if isinstance(target, ViTConfig):
         heads = [(model.num_classes, model.representation_dim) for model in (source, target)]
-        return params if heads[0] == heads[1] else reset_head(source, params, target.num_classes)[1]
+        if heads[0] == heads[1]:
+            return params
+        if target.representation_dim:
+            raise ValueError(
+                f"the given model's representation_dim must be {target.representation_dim}, got "
+                f"{source.representation_dim}: a new head is a single layer."
+            )
+        return reset_head(source, params, target.num_classes)[1]
     if source.num_classes != target.num_classes:
         kernel = np.zeros((target.width, target.num_classes), np.float32)
         params = {**params, "head": {"kernel": kernel, "bias": np.zeros(target.num_classes, np.float32)}}

@@ -186,8 +186,13 @@ class NaViT(nn.Module):
 
         Returns:
             A `NaViTOutput`.
+
+        Raises:
+            ValueError: patches of another size than `patch_dim`.
         """
         c, num_segments = self.config, self.num_segments
+        if patches.shape[-1] != self.patch_dim:
+            raise ValueError(f"patches must have the model's {self.patch_dim} values, got {patches.shape[-1]}.")
         attention = self.attention_fn or attention_kernel(c.attention)
         real = segment_ids > 0
         members = segment_one_hot(segment_ids, num_segments)  # (B, L, K)

@@ -161,7 +161,7 @@ def train(
     task = make_task(config, attention_for(mesh) if attention_for else None)
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
-    start = _initial_params(task, init_from)
+    start = _initial_params(task, init_from) if first_step is None else None
 
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(PreemptionGuard())

@@ -102,6 +102,12 @@ def test_classes_and_speeds_are_labels():
     assert {draw(data, seed, frames=20, label=-1) for seed in range(60)} == {TOO_SHORT}
 
 
+def test_short_clips_are_left_out_where_that_is_asked_for():
+    data = dataclasses.replace(FIXED, min_seconds=1.0)
+    assert draw(data, frames=24) == TOO_SHORT  # 23 / 24 seconds from the first frame to the last
+    assert isinstance(draw(data, frames=25), Sample)
+
+
 @pytest.mark.parametrize(
     ("speed", "expected"), [(1.0, [6, 10, 14]), (2.0, [6, 14, 22]), (-1.0, [14, 10, 6]), (-2.0, [22, 14, 6])]
 )
@@ -246,7 +252,9 @@ def test_a_row_of_one_size_is_one_clip_in_the_order_of_its_patches():
         ({"fps": 0.0}, "fps must be positive and finite, got 0.0"),
         ({"speeds": ()}, r"speeds must be numbers other than 0, got \(\)"),
         ({"speeds": (1.0, 0.0)}, "speeds must be numbers other than 0"),
-        ({"label": "speed"}, r"speeds must be several where label is 'speed', got \(1.0,\)"),
+        ({"label": "speed"}, r"speeds must be several, and each once, where label is 'speed', got \(1.0,\)"),
+        ({"label": "speed", "speeds": (1.0, 1.0, 2.0)}, "speeds must be several, and each once"),
+        ({"min_seconds": -1.0}, "min_seconds must be at least 0 and finite, got -1.0"),
         ({"text_length": 4}, r"text_length must be 0 or at least max_caption_tokens \(32\), got 4"),
     ],
 )
@@ -260,5 +268,7 @@ def test_bad_sampling():
         FixedSize((0, 8))
     with pytest.raises(ValueError, match=r"NativeSize.sides must be \(lowest, highest\)"):
         NativeSize((9.0, 8.0))
+    with pytest.raises(ValueError, match=r"NativeSize\.sides must be finite"):
+        NativeSize((9.0, float("inf")))
     with pytest.raises(ValueError, match=r"NativeSize\.mean must be between -1 and 1, got 2"):
         NativeSize(mean=2)

@@ -190,8 +190,26 @@ def test_classify_says_what_it_lacks(finished, folder):
         classify(ClassifyOptions(run, views=(2, 3)))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ClassifyOptions(run, batch_size=0)
+    with pytest.raises(ValueError, match="sides and views do not go together"):
+        ClassifyOptions(run, sides=(8,), views=(2, 3))
+    with pytest.raises(ValueError, match="fps is for converted weights: a run has its own, got 5"):
+        classify(ClassifyOptions(run, fps=5.0))
+    with pytest.raises(ValueError, match="holds several runs, name one of them: navit_rate_0"):
+        classify(ClassifyOptions(str(folder / "run")))
+    navit = next(path for path in (folder / "run").iterdir() if path.name.startswith("navit_"))
+    with pytest.raises(ValueError, match=r"larger than NaViTConfig.max_grid 1 x 12 x 12"):
+        classify(ClassifyOptions(str(navit), sides=(400,)))
     with pytest.raises(FileNotFoundError, match="no ViT at nowhere"):
         classify(ClassifyOptions("nowhere", data=str(folder / "data")))
+
+
+def test_models_of_other_classes_do_not_stand_beside_each_other(folder, capsys, tmp_path):
+    navit = (folder / "navit.py").read_text().replace("vit.py", "three.py")
+    (tmp_path / "other.py").write_text(navit)
+    command = [str(tmp_path / "other.py"), "--data.path", str(folder / "data"), "--workdir", str(tmp_path / "run")]
+    assert train.main(command) == 1
+    assert "beside must name experiments with as many classes, 2, got" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_are_asked_for(folder, monkeypatch):

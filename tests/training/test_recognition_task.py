@@ -72,7 +72,8 @@ def test_an_image_without_a_class_counts_nothing():
     found = compiled_loss(NAVIT)(params, fill(rows, NAVIT))
     rest = compiled_loss(NAVIT)(params, fill([rows[0][1:], *rows[1:]], NAVIT))
     np.testing.assert_allclose(found.total, rest.total, rtol=1e-5)
-    assert found.weight == rest.weight
+    assert found.weight == rest.weight == found.counts["labelled"]
+    assert found.counts["examples"] == rest.counts["examples"] + 1
 
 
 @pytest.mark.parametrize(("config", "network"), [(VIT, ViT), (VIVIT, ViViT)], ids=["vit", "vivit"])
@@ -190,6 +191,8 @@ def test_fine_tuning_takes_over_what_fits():
     np.testing.assert_array_equal(more["pool_query"], weights["pool_query"])
     with pytest.raises(ValueError, match="a NaViTConfig cannot begin with the parameters of a ViTConfig"):
         start_from(navit, vit, params, key)
+    with pytest.raises(ValueError, match="representation_dim must be 8, got 0"):
+        start_from(dataclasses.replace(vit, representation_dim=8), vit, params, key)
     with pytest.raises(ValueError, match="the given model's depth must be 3, got 1"):
         start_from(dataclasses.replace(vit, depth=3), vit, params, key)
 
@@ -224,6 +227,18 @@ def changed(config, **parts):
         (lambda: changed(VIT, label_smoothing=1.0), "label_smoothing must be at least 0 and below 1, got 1.0"),
         (lambda: changed(VIT, learning_rates=(1e-3, 1e-3)), "learning_rates must be distinct"),
         (lambda: changed(VIT, test_sides=(0,)), "test_sides must be at least 1 each"),
+        (lambda: changed(VIT, test_sides=(3,)), "test_sides must be multiples of the patch's 2"),
+        (lambda: changed(VIVIT, test_sides=(4,)), r"test_sides must be \(\) for a ViViT"),
+        (lambda: changed(VIT, selection_split="unseen"), "selection_split must be another split than those"),
+        (
+            lambda: changed(VIT, data={"text_length": 8, "max_caption_tokens": 2}),
+            "text_length must be 0: a classifier reads no captions",
+        ),
+        (
+            lambda: changed(PAIRS, data={"label": "class"}),
+            "label must be 'none': the captions are what is learned from",
+        ),
+        (lambda: changed(PAIRS, data={"caption_dropout": 0.5}), "caption_dropout must be 0"),
         (lambda: changed(VIT, sample_every=3), "sample_every must be 0"),
         (lambda: changed(VIT, num_seeds=0), "num_seeds must be at least 1, got 0"),
         (

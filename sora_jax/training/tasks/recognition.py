@@ -58,6 +58,9 @@ class RecognitionConfig(StudyConfig):
         check(all(0 < rate < math.inf for rate in rates), self, "learning_rates", "positive and finite")
         check(len(set(rates)) == len(rates), self, "learning_rates", "distinct")
         check(all(side >= 1 for side in self.test_sides), self, "test_sides", "at least 1 each")
+        others = (self.data.split, *self.data.eval_splits)
+        allowed = "another split than those that are trained on and scored"
+        check(self.selection_split not in others, self, "selection_split", allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,12 @@ class ClassificationConfig(RecognitionConfig):
         check(0 <= self.label_smoothing < 1, self, "label_smoothing", "at least 0 and below 1")
         check(self.model.num_classes >= 1, self.model, "num_classes", "at least 1")
         check(self.data.label != "none", self.data, "label", "'class' or 'speed' for a classifier")
+        check(self.data.text_length == 0, self.data, "text_length", "0: a classifier reads no captions")
+        if isinstance(self.model, ViViTConfig):
+            check(not self.test_sides, self, "test_sides", "() for a ViViT, which takes clips of one size")
+        elif isinstance(self.model, ViTConfig):
+            whole = all(side % self.model.patch_size == 0 for side in self.test_sides)
+            check(whole, self, "test_sides", f"multiples of the patch's {self.model.patch_size}")
         if self.data.label == "speed":
             speeds = len(self.data.speeds)
             check(self.model.num_classes == speeds, self.model, "num_classes", f"the {speeds} of data.speeds")
@@ -109,6 +118,8 @@ class ContrastiveConfig(RecognitionConfig):
         check(self.chunk is None or self.chunk >= 1, self, "chunk", "None or at least 1")
         check(self.data.text_length > 0, self.data, "text_length", "above 0: the captions are what is learned from")
         check(self.model.num_classes == 1, self.model, "num_classes", "1: the head is not used")
+        check(self.data.label == "none", self.data, "label", "'none': the captions are what is learned from")
+        check(self.data.caption_dropout == 0, self.data, "caption_dropout", "0: an image belongs to its own caption")
         check_rows(self.model, self.data, self.patch)
 
 
@@ -227,11 +238,11 @@ class ClassificationTask(RecognitionTask):
         loss = classification_loss(out.logits, batch.labels, known, kind=c.objective, label_smoothing=smoothing)
         weight = known.sum().astype(jnp.float32)
         correct = (known & (out.logits.argmax(axis=-1) == batch.labels)).sum().astype(jnp.float32)
-        return Loss(loss * weight, weight, count_examples(batch) | {"correct": correct})
+        return Loss(loss * weight, weight, count_examples(batch) | {"correct": correct, "labelled": weight})
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Returns the share of examples whose most likely class is theirs."""
-        return {"accuracy": totals["correct"] / max(totals["examples"], 1)}
+        """Returns the share of the examples with a class whose most likely class is theirs."""
+        return {"accuracy": totals["correct"] / max(totals["labelled"], 1)}
 
 
 class ContrastiveTask(RecognitionTask):
