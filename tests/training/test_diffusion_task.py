@@ -16,9 +16,8 @@ from sora_jax.config import (
     OptimizerConfig,
     StillsConfig,
     SwissRollConfig,
-    from_json,
-    to_json,
 )
+from sora_jax.config_json import from_json, to_json
 from sora_jax.data.examples import ExampleBatches, example_source
 from sora_jax.diffusion.gaussian import discrete_levels
 from sora_jax.models.mlp import MLPConfig
