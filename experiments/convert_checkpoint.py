@@ -8,6 +8,7 @@ Examples:
     python experiments/convert_checkpoint.py sd-vae --source sd-vae-ft-mse --output models/sd_vae_ft_mse
     python experiments/convert_checkpoint.py vit --source ViT-B_16.npz --output models/vit_b_16
     python experiments/convert_checkpoint.py vivit --source vivit-b-16x2-kinetics400 --output models/vivit_b_16x2
+    python experiments/convert_checkpoint.py dit --source DiT-XL-2-256x256.pt --output models/dit_xl_2
     python experiments/convert_checkpoint.py inception --source pt_inception-2015-12-05-6726825d.pth \
         --output models/inception
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sora_jax.convert.ddpm import convert_ddpm
+from sora_jax.convert.dit import convert_dit
 from sora_jax.convert.inception import convert_inception
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.convert.sd_vae import convert_sd_vae
@@ -144,6 +146,32 @@ class ViViTCommand:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiTCommand:
+    """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...), for `load_dit`.
+
+    Attributes:
+        source: .pt file (the averaged weights of a training checkpoint are taken); or a directory with config.json and
+            diffusion_pytorch_model.safetensors or .bin, or with the folder transformer that has them, or that file.
+        output: directory to write.
+        num_heads: attention heads of a .pt file of a size that is not published (it does not tell them).
+        official_frequencies: of a model of diffusers, embed timesteps as the official code does, with which the
+            published weights were trained, instead of as diffusers does.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    num_heads: int | None = None
+    official_frequencies: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Writes the model and returns the size of each file."""
+        files = convert_dit(self.source, self.num_heads, self.official_frequencies)
+        return write_files(epath.Path(self.output), files)
+
+
+@dataclasses.dataclass(frozen=True)
 class InceptionCommand:
     """The network of the Frechet Inception Distance, batch norms folded, for `evaluate.py --inception`.
 
@@ -199,6 +227,7 @@ COMMANDS = {
     "sd-vae": SDVAECommand,
     "vit": ViTCommand,
     "vivit": ViViTCommand,
+    "dit": DiTCommand,
     "inception": InceptionCommand,
     "export": ExportCommand,
 }

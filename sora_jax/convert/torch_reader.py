@@ -173,6 +173,7 @@ _KNOWN: dict[str, Callable] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch.Size": lambda values=(): tuple(values),
+    "argparse.Namespace": dict,  # the arguments that training scripts store; what they were is not read
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {
@@ -237,11 +238,11 @@ def _interpret(stream: BinaryIO, persistent_load: Callable[[tuple], Any] | None 
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
             stack.append(_known_global(f"{module}.{attribute}"))
-        elif name == "REDUCE":
+        elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = _expect(stack.pop(), tuple), _expect(stack.pop(), _Global)
             stack.append(_KNOWN[function](*arguments))
         elif name == "BUILD":
-            stack.pop()  # attributes of an OrderedDict (a module's versions): not data
+            stack.pop()  # attributes, of an OrderedDict (a module's versions) or a Namespace: not data
             _expect(stack[-1], dict)
         elif name == "BINPERSID" and persistent_load is not None:
             stack.append(persistent_load(stack.pop()))

@@ -79,11 +79,13 @@ class Source(NamedTuple):
         names: of its tensors: one, or one for each block.
         shape: of each tensor.
         axes: the order of the file's axes in which they are ours up to reshaping.
+        part: (n, count), where ours is the n-th of so many equal parts of each tensor along its first axis.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+    part: tuple[int, int] = (0, 1)
 
 
 def gather_tensors(
@@ -103,22 +105,24 @@ def gather_tensors(
     Raises:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
-    state, tensors = dict(state), {}
+    used, tensors = set(), {}
     for name, source in sources.items():
         values = []
         for key in source.names:
             if key not in state:
                 raise ValueError(f"{kind}: tensor {key} is missing.")
-            value = state.pop(key)
+            value = state[key]
+            used.add(key)
             if value.shape != source.shape:
                 raise ValueError(f"{kind}: {key} must be {source.shape}, got {value.shape}.")
-            value = value.astype(np.float32)
+            part, count = source.part
+            value = np.split(value, count)[part].astype(np.float32)
             if not np.isfinite(value).all():
                 raise ValueError(f"{kind}: {key} has a value that is not finite.")
             values.append(value.transpose(source.axes))
         tensors[name] = np.stack(values).reshape(shapes[name])
-    if state:
-        raise ValueError(f"{kind}: tensor {min(state)} is unknown.")
+    if left := state.keys() - used:
+        raise ValueError(f"{kind}: tensor {min(left)} is unknown.")
     return tensors
 
 
@@ -356,12 +360,15 @@ def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
         raise ValueError(f"not a whole .npz file: {error}") from error
 
 
-def read_torch_model(source: epath.Path, kind: str) -> tuple[dict[str, Any], dict[str, NumpyArray], epath.Path]:
-    """Reads a model of transformers.
+def read_torch_model(
+    source: epath.Path, kind: str, names: tuple[str, ...] = TORCH_WEIGHTS
+) -> tuple[dict[str, Any], dict[str, NumpyArray], epath.Path]:
+    """Reads a model of transformers, timm or diffusers.
 
     Args:
-        source: a directory with `config.json` and one of `TORCH_WEIGHTS`, or that file.
+        source: a directory with `config.json` and one of the files `names`, or that file.
         kind: what errors call the model.
+        names: of the files of weights, the first taken first.
 
     Returns:
         The options of its config, its tensors by the names that files have (a state dict saved from transformers 5
@@ -373,9 +380,9 @@ def read_torch_model(source: epath.Path, kind: str) -> tuple[dict[str, Any], dic
     """
     weights = source
     if source.is_dir():
-        weights = next((source / name for name in TORCH_WEIGHTS if (source / name).is_file()), source)
+        weights = next((source / name for name in names if (source / name).is_file()), source)
     if not weights.is_file():
-        raise FileNotFoundError(f"no {kind} at {source}: it holds neither {' nor '.join(TORCH_WEIGHTS)}.")
+        raise FileNotFoundError(f"no {kind} at {source}: it holds neither {' nor '.join(names)}.")
     if weights.suffix not in (".safetensors", ".bin"):
         raise ValueError(f"{source} must be a .safetensors or a .bin file or a directory that holds one.")
     config = weights.parent / CONFIG_FILE

@@ -1,5 +1,6 @@
 """The files in tests/fixtures/torch were written by torch.save 2.13.0 from tensors of the values asserted here."""
 
+import argparse
 import collections
 import io
 import os
@@ -142,3 +143,9 @@ def test_files_of_another_kind_are_errors(tmp_path):
         read_state_dict(as_zip(pickle.dumps({"b": 3}, 2)))
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("protocol", (2, 4))
+def test_the_arguments_of_a_training_script_are_passed_over(protocol):
+    values = {"args": argparse.Namespace(model="DiT-XL/2", lr=1e-4), "step": 3}
+    assert read_torch(as_zip(pickle.dumps(values, protocol))) == {"args": {}, "step": 3}
