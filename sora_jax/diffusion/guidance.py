@@ -22,12 +22,25 @@ from sora_jax.diffusion.gaussian import Levels, expand, posterior
 from sora_jax.diffusion.samplers import Denoise, Network
 
 
-def classifier_free(conditional: Network, unconditional: Network, scale: float | Array) -> Network:
-    """Returns the network of equation 1; a scale of 1 is no guidance."""
+def classifier_free(
+    conditional: Network, unconditional: Network, scale: float | Array, channels: int | None = None
+) -> Network:
+    """Returns the network of equation 1; a scale of 1 is no guidance.
+
+    Args:
+        conditional: gives f_text.
+        unconditional: gives f_null.
+        scale: of the guidance.
+        channels: so many of the first channels (of the last axis) are guided, and the others are the conditional
+            network's; None for all. The official DiT sampler guides three of four, and no variance.
+    """
 
     def network(x: Array, time: Array) -> Array:
-        null = unconditional(x, time)
-        return null + scale * (conditional(x, time) - null)
+        text, null = conditional(x, time), unconditional(x, time)
+        guided = null + scale * (text - null)
+        if channels is None:
+            return guided
+        return jnp.concatenate([guided[..., :channels], text[..., channels:]], axis=-1)
 
     return network
 

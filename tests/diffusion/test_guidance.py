@@ -27,6 +27,11 @@ def test_classifier_free_by_eye():
     assert classifier_free(up, null, 1.0)(jnp.array(10.0), jnp.array(0.0)) == 13.0
 
 
+def test_only_the_first_channels_are_guided():
+    network = classifier_free(up, null, 2.5, channels=2)
+    np.testing.assert_allclose(network(jnp.full((2, 4), 10.0), 0.0), [[16, 16, 13, 13]] * 2)
+
+
 def test_guidance_only_within_its_interval():
     network = limited_interval(classifier_free(up, null, 2.5), up, 0.3, 0.7)
     times = jnp.array([0.2, 0.3, 0.7, 0.8])

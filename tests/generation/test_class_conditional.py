@@ -1,0 +1,201 @@
+"""Class-conditional samples against the official algorithm in float64, and against closed forms."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from sora_jax.convert.dit import convert_dit
+from sora_jax.diffusion.schedules import alpha_bar, linear_betas
+from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
+from sora_jax.models.dit import DiT, DiTConfig, abstract_params, init_params, load_dit
+
+CONFIG = DiTConfig(
+    image_size=(4, 6), width=16, depth=1, num_heads=2, mlp_dim=16, num_classes=5, frequency_dim=16, attention="xla"
+)
+
+
+def random_params(config=CONFIG):
+    rng = np.random.default_rng(0)
+    shapes = nn.meta.unbox(abstract_params(DiT(config)))
+    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+def official_chain(network, noises, labels, null, scale, channels, num_steps):
+    """The official sampler (facebookresearch/DiT: respacing, learned range, guidance), in float64.
+
+    Args:
+        network: (x, step, labels) to (N, H, W, 8).
+        noises: (num_steps + 1, N, H, W, 4), what it starts from and then that of each step.
+        labels: (N,).
+        null: the null class.
+        scale: of the guidance.
+        channels: that are guided.
+        num_steps: that are visited of 1000.
+    """
+    kept = [round(i * 999 / (num_steps - 1)) for i in range(num_steps)]
+    alphas_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
+    x, rms = noises[0].astype(np.float64), []
+    for n in reversed(range(num_steps)):
+        bar, before = alphas_bar[n], alphas_bar[n - 1] if n else 1.0
+        beta = 1 - bar / before
+        text, empty = (np.asarray(network(x, kept[n], y), np.float64) for y in (labels, np.full_like(labels, null)))
+        noise, place = text[..., :4].copy(), text[..., 4:]
+        noise[..., :channels] = (empty + scale * (text - empty))[..., :channels]
+        x0 = x / np.sqrt(bar) - np.sqrt(1 / bar - 1) * noise
+        mean = beta * np.sqrt(before) / (1 - bar) * x0 + (1 - before) * np.sqrt(1 - beta) / (1 - bar) * x
+        if n:
+            low, high = np.log(beta * (1 - before) / (1 - bar)), np.log(beta)
+            share = (place + 1) / 2
+            mean = mean + np.exp((share * high + (1 - share) * low) / 2) * noises[num_steps - n]
+        x = mean
+        rms.append(np.sqrt(np.square(x).mean()))
+    return x, np.array(rms)
+
+
+def noises(seed, indices, num_steps, shape):
+    draw = jax.jit(sample_noise, static_argnums=3)
+    return np.stack(
+        [draw(jax.random.key(seed), jnp.asarray(indices), jnp.int32(n), shape) for n in range(num_steps + 1)]
+    )
+
+
+def relative_error(found, expected):
+    return np.sqrt(np.square(found - expected).mean() / np.square(expected).mean())
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("channels", [3, None])
+def test_it_is_the_official_chain(sampler, channels):
+    labels = np.array([3, 1])
+    forward = jax.jit(functools.partial(DiT(CONFIG).apply, method="on_images"))
+
+    def network(x, step, labels):
+        return forward({"params": sampler.params}, x.astype(np.float32), np.full(2, step, np.float32), labels)
+
+    found = sampler(labels, seed=7, num_steps=6, guidance_scale=2.5, guided_channels=channels)
+    drawn = noises(7, [0, 1], 6, (4, 6, 4))
+    expected, _ = official_chain(network, drawn, labels, 5, 2.5, channels or 4, 6)
+    assert found.shape == (2, 4, 6, 4) and found.dtype == np.float32
+    assert relative_error(found, expected) < 1e-5
+    other, _ = official_chain(network, drawn, labels, 5, 2.5, 7 - (channels or 4), 6)
+    assert relative_error(found, other) > 1e-2
+
+
+def test_a_sample_depends_on_its_index_and_not_on_its_batch(sampler):
+    options = dict(seed=1, num_steps=6, guidance_scale=2.5)
+    together = sampler([3, 1, 4], **options)
+    alone = sampler([4, 3], indices=[2, 0], **options)
+    np.testing.assert_allclose(alone, together[[2, 0]], rtol=1e-5, atol=1e-4 * np.abs(together).max())
+    again = sampler([3, 3, 3], indices=[0, 1, 0], **options)
+    np.testing.assert_array_equal(again[0], again[2])
+    assert relative_error(again[1], again[0]) > 0.1
+    assert relative_error(sampler([3, 1, 4], **options | {"seed": 2}), together) > 0.1
+
+
+def test_devices_change_nothing_and_each_shape_is_compiled_once():
+    split = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:2])
+    single = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])
+    options = dict(num_steps=20, guidance_scale=1.5)  # two chunks
+    found = [one([3, 1, 4], **options) for one in (split, single)]
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-4 * np.abs(found[0]).max())
+    for one in (split, single):
+        one([0, 0, 5], seed=3, num_steps=10, guidance_scale=4.0)
+        assert one._chunk._cache_size() == 1
+
+
+def test_the_null_class_without_guidance_is_a_scale_of_zero(sampler):
+    options = dict(num_steps=6, guided_channels=None)
+    plain = sampler([5, 5], guidance_scale=1.0, **options)
+    for scale in (0.0, 3.0):
+        np.testing.assert_allclose(sampler([5, 5], guidance_scale=scale, **options), plain, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc"])
+def test_deterministic_samplers_without_predicted_noise(name):
+    """A fresh model predicts no noise: the data is the start over its alpha, whatever the sampler and its steps."""
+    config = dataclasses.replace(CONFIG, learned_variance=False, in_channels=1)
+    params = nn.meta.unbox(jax.jit(functools.partial(init_params, DiT(config)))(jax.random.key(0)))
+    fresh = ClassConditionalSampler(config, params, decode=lambda x: x[..., 0] / 2, devices=jax.devices()[:1])
+    found = fresh([2], seed=5, sampler=name, num_steps=5, image_size=(2, 8))
+    start = noises(5, [0], 0, (2, 8, 1))[0]
+    np.testing.assert_allclose(found, start[..., 0] / np.sqrt(alpha_bar(linear_betas())[-1]) / 2, rtol=1e-4)
+
+
+def test_bad_arguments_are_named(sampler):
+    for options, words in (
+        (dict(labels=[6]), r"labels must be a list of whole numbers between 0 and 5, got \[6\]"),
+        (dict(labels=[]), r"labels must be .*, got \[\]"),
+        (dict(labels=[0.5]), r"labels must be .*, got \[0\.5\]"),
+        (dict(indices=[-1]), r"indices must be .*, got \[-1\]"),
+        (dict(indices=[0, 1]), "indices must be one for each of 1 labels, got 2"),
+        (dict(image_size=(4, 5)), r"positive multiples of the model's patch_size 2, got \(4, 5\)"),
+        (dict(sampler="magic"), "sampler must be one of euler, .*, got 'magic'"),
+        (dict(num_steps=1001), "count must be between 1 and the process's 1000 steps, got 1001"),
+        (dict(guidance_scale=np.inf), "guidance_scale must be finite, got inf"),
+        (dict(guided_channels=0), "guided_channels must be None or at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sampler(**dict(labels=[0]) | options)
+
+
+def restless(torch, model):
+    """Weights with which a chain stays finite and keeps moving: most of the noise is told, the rest is a random map.
+
+    The patch embedding is an isometry, times 8, and the head holds its transpose: LayerNorm makes of that the direction
+    of a patch, of a length of 1.5 times the expected one, which draws back what grows. The rest is kept smaller.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            gain = 0.4 if "norm1.linear" in name or "proj_out_1" in name else 0.8
+            std = 0.02 if name.endswith("bias") else gain * value[0].numel() ** -0.5
+            value.normal_(0.0, std, generator=generator)
+        first = model.transformer_blocks[0].norm1.emb
+        first.class_embedder.embedding_table.weight.normal_(0.0, 1.0, generator=generator)
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(first.state_dict())
+        width = model.inner_dim
+        basis = torch.linalg.qr(torch.randn(width, 16, generator=generator))[0]  # (D, p q c)
+        model.pos_embed.proj.weight.copy_(8 * basis.reshape(width, 2, 2, 4).permute(0, 3, 1, 2))
+        noise = model.proj_out_2.weight.reshape(2, 2, 8, width)[:, :, :4]  # a view
+        noise *= 0.3
+        noise += 1.5 * (16 / width) ** 0.5 * basis.T.reshape(2, 2, 4, width)
+    return model.eval()
+
+
+@pytest.mark.parity
+def test_250_guided_steps_stay_with_the_reference_to_the_end(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs .[parity]")
+    diffusers = pytest.importorskip("diffusers", reason="needs .[parity]")
+    sizes = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, num_embeds_ada_norm=5, out_channels=8)
+    model = restless(torch, diffusers.DiTTransformer2DModel(sample_size=8, **sizes))
+    model.save_pretrained(tmp_path / "theirs")
+    for name, data in convert_dit(tmp_path / "theirs").items():
+        (tmp_path / name).write_bytes(data)
+    ours = ClassConditionalSampler(*load_dit(tmp_path), devices=jax.devices()[:1])
+
+    def network(x, step, labels):
+        nchw = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2), np.float32))
+        with torch.no_grad():
+            out = model(nchw, torch.full((len(x),), step), torch.from_numpy(labels)).sample
+        return out.numpy().transpose(0, 2, 3, 1)
+
+    labels = np.array([3, 0])
+    drawn = noises(11, [0, 1], 250, (8, 8, 4))
+    expected, rms = official_chain(network, drawn, labels, 5, 1.5, 3, 250)
+    found = ours(labels, seed=11)
+    error = relative_error(found, expected)
+    print(f"after 250 steps: RMS {rms[-1]:.2f} (between {rms.min():.2f} and {rms.max():.2f}), error {error:.1e} of it")
+    assert 0.1 < rms.min() and rms.max() < 5 and error < 1e-3
+    # It moves: what another class, and guidance of all channels, end with is far away.
+    for other, channels in ((labels[::-1].copy(), 3), (labels, 4)):
+        assert relative_error(official_chain(network, drawn, other, 5, 1.5, channels, 250)[0], expected) > 0.5
