@@ -24,7 +24,7 @@ from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.config import to_json
+from sora_jax.config_json import to_json
 from sora_jax.convert.torch_reader import read_torch
 from sora_jax.convert.vit import Source, gather_tensors, read_torch_model
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, abstract_params, sincos_positions

@@ -1,5 +1,6 @@
 """Multiply-accumulates of the published sizes against published figures, and the count itself against the compiler."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from sora_jax.models import navit, vit, vivit
+from sora_jax.models import dit, navit, vit, vivit
 from sora_jax.training.flops import count_flops, sub_jaxprs
 
 SMALL = dict(width=48, depth=3, num_heads=2, mlp_dim=96, num_classes=10)
@@ -51,6 +52,30 @@ def test_vivit_does_what_the_paper_says(model, published):
     """ViViT-B/16x2 on 32 frames of 224 x 224 pixels: arXiv:2103.15691, table 2, which says GFLOPs."""
     found = giga_macs(vivit, vivit.ViViT(vivit.ViViTConfig(model)), (1, 32, 224, 224, 3))
     assert found == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "conditioning", "published"),
+    [
+        ("dit_s_2", "adaln_zero", 6.06),
+        ("dit_b_2", "adaln_zero", 23.01),
+        ("dit_l_2", "adaln_zero", 80.71),
+        ("dit_xl_2", "adaln_zero", 118.64),
+        ("dit_xl_2", "adaln", 118.56),
+        ("dit_xl_2", "cross_attention", 137.62),
+        ("dit_xl_2", "in_context", 119.37),
+    ],
+)
+def test_dit_does_what_the_paper_says(name, conditioning, published):
+    """DiT on 32 x 32 latents: arXiv:2212.09748, table 4, which says Gflops."""
+    config = dataclasses.replace(dit.DIT_SIZES[name], conditioning=conditioning, attention="xla")
+    shapes = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32), *(jax.ShapeDtypeStruct((1,), t) for t in ("f4", "i4"))
+    params = nn.meta.unbox(dit.abstract_params(dit.DiT(config)))
+
+    def function(params, *args):
+        return dit.DiT(config).apply({"params": params}, *args, method="on_images")
+
+    assert count_flops(function, params, *shapes) / 2e9 == pytest.approx(published, rel=1e-3)
 
 
 def loop(body, init, xs, length, reverse=False, unroll=1, **_):
