@@ -92,6 +92,7 @@ def test_the_loss_of_packed_images_is_that_of_those_alone():
     np.testing.assert_allclose(together.total, total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bound_trains_the_variance_alone():
     """With the hybrid loss the head's part for the noise has the gradient of the squared error."""
     batch = fill(random_rows(5, CONFIG), CONFIG)
@@ -143,6 +144,7 @@ def test_a_negative_label_is_the_null_class():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_resume_is_exact(tmp_path):
     def opener(stop_at=None):
         return lambda split, training: RandomRows(CONFIG, None if training else 3, stop_at if training else None)
