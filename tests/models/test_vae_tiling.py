@@ -128,9 +128,12 @@ def test_tiles_and_shapes_that_cannot_be_are_named(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 4.2), ("bfloat16", 2.2)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 4.2), ("bfloat16", 4.2)])
 def test_decoding_2048_x_2048_fits(dtype, bound):
-    """By the compiler's plan, beside the weights: whole it is 14 GiB in float32, 12 in bfloat16, on a CPU."""
+    """By the compiler's plan for a CPU, beside the weights: whole it is 14 GiB in float32 and 12 in bfloat16.
+
+    With bfloat16 the plan depends on the processor: one that does not compute in it gets float32 copies.
+    """
     config = ImageVAEConfig(dtype=dtype)
     params = nn.meta.unbox(abstract_params(ImageVAE(config)))
     z = jax.ShapeDtypeStruct((1, 256, 256, 4), jnp.float32)
