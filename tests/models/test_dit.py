@@ -26,6 +26,8 @@ from sora_jax.models.dit import (
 from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
 
+pytestmark = pytest.mark.slow
+
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 CONFIG = DiTConfig(
     image_size=(4, 6), in_channels=3, width=16, depth=2, num_heads=2, mlp_dim=24, num_classes=5, frequency_dim=8,

@@ -18,6 +18,8 @@ from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
 from sora_jax.training.flops import count_flops
 
+pytestmark = pytest.mark.slow
+
 STEM = ResNetStemConfig(stages=(1, 2), width=32, norm_eps=0.01, kernel_eps=0.02)  # epsilons that show
 CONFIG = ViTConfig((16, 24), patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=24, num_classes=5, stem=STEM)
 

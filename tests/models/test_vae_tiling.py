@@ -19,6 +19,8 @@ from sora_jax.models.autoencoder.image_vae import (
 )
 from sora_jax.models.autoencoder.tiling import _Grid, _image_moments, _segments, tiled_decode, tiled_encode
 
+pytestmark = pytest.mark.slow
+
 PICTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "fluent_emoji" / "1f30c.webp"
 CONFIG = ImageVAEConfig(widths=(4, 8, 8), num_blocks=1, num_groups=4)
 TILE = 16
