@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sora_jax.config_json import to_json
 from sora_jax.convert.efficientnet import load_efficientnet
+from sora_jax.data.builders.latents import center_crop
 from sora_jax.data.decode import flatten
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation.features import (
@@ -233,29 +234,14 @@ def read_stills(source: ClipSource, stills: np.ndarray, size: int | None) -> Ite
     for index in stills:
         with Image.open(io.BytesIO(source.read_frames(int(index), [0])[0])) as encoded:
             image = flatten(encoded)
-        if size is not None:
-            image = center_crop(image, size)
-        first = image.size if first is None else first
-        if image.size != first:
+        pixels = np.asarray(image) if size is None else center_crop(np.asarray(image), size)
+        first = pixels.shape if first is None else first
+        if pixels.shape != first:
             raise ValueError(
-                f"{source.metadata.names[index]!r} has {image.height} x {image.width} pixels and the first picture "
-                f"{first[1]} x {first[0]}; with --image-size all are brought to one size."
+                f"{source.metadata.names[index]!r} has {pixels.shape[0]} x {pixels.shape[1]} pixels and the first "
+                f"picture {first[0]} x {first[1]}; with --image-size all are brought to one size."
             )
-        yield np.asarray(image)[None]
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Returns the middle square of a picture at `size` pixels, as guided-diffusion's and DiT's training data are made.
-
-    It is halved by means of 2 x 2 pixels while its short side is at least twice `size`, then brought to `size`
-    bicubically, then cropped.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(n * scale) for n in image.size), Image.Resampling.BICUBIC)
-    left, top = ((n - size) // 2 for n in image.size)
-    return image.crop((left, top, left + size, top + size))
+        yield pixels[None]
 
 
 def _arrays(path: str) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 from etils import epath
@@ -15,12 +14,9 @@ from setups import packed
 from sora_jax.array_types import Array, PyTree
 from sora_jax.data.latents import LatentDataConfig, LatentRows, LatentSource
 from sora_jax.data.sources import open_source
-from sora_jax.diffusion.gaussian import Levels, discrete_levels
-from sora_jax.diffusion.guidance import classifier_free
-from sora_jax.diffusion.samplers import DDIM, denoiser, sample_chunk, start
-from sora_jax.diffusion.schedules import respaced_steps
 from sora_jax.evaluation import plots
-from sora_jax.models.dit import DiT
+from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.models.autoencoder.image_vae import ImageVAE, load_image_vae
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
 
 HELD_OUT_SEED = 20_221_219  # of the latents of held-out splits
@@ -43,6 +39,7 @@ class ClassConditionalSetup:
 
     def __init__(self, config: ClassConditionalConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         del workdir
+        self._sampler: ClassConditionalSampler | None = None
         self.config = packed.without_missing_splits(config, console)
         data = self.config.data
         latents = isinstance(data, LatentDataConfig)
@@ -82,52 +79,38 @@ class ClassConditionalSetup:
         return packed.attention_for(self.config, mesh)
 
     def sample_sheet(self, params: PyTree) -> np.ndarray:
-        """Returns a picture of guided samples by few steps of DDIM, a class a row, (H, W, 3) uint8."""
-        c = self.config.sample
-        samples = np.asarray(self._sample(params)).clip(-1, 1)
-        if c.vae:
-            samples = self._decode(samples)
-        elif samples.shape[-1] not in (1, 3):
+        """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
+        c, process = self.config.sample, self.config.process
+        latents = isinstance(self.config.data, LatentDataConfig)
+        if self._sampler is None:  # compiles once, and reads the autoencoder
+            self._sampler = ClassConditionalSampler(
+                self.config.model,
+                params,
+                self._decode(),
+                process.betas(),
+                process.prediction,
+                clip=None if latents else (-1.0, 1.0),
+            )
+        self._sampler.params = params
+        samples = self._sampler(
+            np.repeat(c.labels, c.columns),
+            self.config.seed,
+            image_size=c.size,
+            num_steps=c.num_steps,
+            guidance_scale=c.guidance_scale,
+            guided_channels=3 if latents else None,
+        )
+        if samples.shape[-1] not in (1, 3):
             samples = samples[..., :3]
-        return plots.image_grid(list(samples.reshape(len(c.labels), c.columns, *samples.shape[1:])))
+        return plots.image_grid(list(samples.clip(-1, 1).reshape(len(c.labels), c.columns, *samples.shape[1:])))
 
-    @functools.cached_property
-    def _sample(self) -> Any:
-        """The compiled sampler: parameters to samples (N, H, W, C), always of the same noise."""
-        config, c, process = self.config, self.config.sample, self.config.process
-        model = DiT(config.model)
-        labels = jnp.repeat(jnp.asarray(c.labels), c.columns)
-        num_levels = process.num_levels
-        steps = respaced_steps(num_levels, min(c.num_steps, num_levels), "linspace")
-        places = [*(num_levels - 1 - steps[::-1]), num_levels]
-        levels = Levels(*(np.asarray(a)[places] for a in discrete_levels(process.betas())))
-
-        def network_of(params: PyTree, labels: Array) -> Any:
-            def network(x: Array, time: Array) -> Array:
-                times = jnp.broadcast_to(time, labels.shape)
-                out = model.apply({"params": params}, x, times, labels, method=DiT.on_images)
-                return out[..., : config.model.in_channels]
-
-            return network
-
-        @jax.jit
-        def sample(params: PyTree) -> Array:
-            null = jnp.full_like(labels, config.model.num_classes)
-            guided = classifier_free(network_of(params, labels), network_of(params, null), c.guidance_scale)
-            denoise = denoiser(guided, process.prediction, clip=(-1.0, 1.0) if process.discrete else None)
-            shape = (len(labels), *c.size, config.model.in_channels)
-            noise = jax.random.normal(jax.random.key(config.seed), shape)
-            return sample_chunk(denoise, start(DDIM(), noise, levels), levels, DDIM()).x
-
-        return sample
-
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
-        """Returns the images of scaled latents."""
-        from sora_jax.models.autoencoder.image_vae import ImageVAE, load_image_vae
-
+    def _decode(self) -> Callable[[Array], Array] | None:
+        """Returns what makes images of scaled latents, where the config names an autoencoder."""
+        if not self.config.sample.vae:
+            return None
         config, params = load_image_vae(self.config.sample.vae)
-        decode = jax.jit(lambda z: ImageVAE(config).apply({"params": params}, z, method=ImageVAE.decode))
-        return np.asarray(decode(latents / config.scaling_factor)).clip(-1, 1)
+        decode = jax.jit(lambda z: ImageVAE(config).apply({"params": params}, z, method="decode"))
+        return lambda latents: decode(latents / config.scaling_factor)
 
 
 Setup = ClassConditionalSetup

@@ -25,7 +25,7 @@ import numpy as np
 
 from sora_jax.array_types import Array, Float, Int, NumpyArray, PyTree
 from sora_jax.config import MeshConfig
-from sora_jax.diffusion.gaussian import Levels, discrete_levels
+from sora_jax.diffusion.gaussian import Levels, Prediction, discrete_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import (
     SAMPLERS,
@@ -54,7 +54,9 @@ class ClassConditionalSampler:
         params: its (EMA) parameters, unboxed.
         decode: from what is sampled, (N, H, W, in_channels) on the devices, to what is returned, with the scaling of
             latents undone; None to return the samples themselves.
-        betas: of the process that the model was trained on, which predicts noise; None for the paper's.
+        betas: of the process that the model was trained on; None for the paper's.
+        prediction: what the model predicts; the paper's is the noise.
+        clip: bounds that the clean data is clipped to in each step, of pixels; None for latents.
         devices: samples are split over them (default: all of this host).
     """
 
@@ -64,11 +66,14 @@ class ClassConditionalSampler:
         params: PyTree,
         decode: Callable[[Array], Array] | None = None,
         betas: Float[np.ndarray, " steps"] | None = None,
+        prediction: Prediction = "noise",
+        clip: tuple[float, float] | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
         self._decode = decode
         self._betas = linear_betas() if betas is None else betas
+        self._prediction, self._clip = prediction, clip
         self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
         self.params = params
         # The kernel that trained the model need not exist here; all of them compute the same.
@@ -116,7 +121,7 @@ class ClassConditionalSampler:
                 learned, or with the largest one where none was, as the official code does.
             num_steps: of the trained process that are visited, evenly spaced.
             guidance_scale: of classifier-free guidance; 1 is none, which takes half the time.
-            guided_channels: so many of the first channels of the predicted noise are guided; None for all.
+            guided_channels: so many of the first channels of what is predicted are guided; None for all.
             progress: called with the steps done from time to time, for a progress bar.
 
         Returns:
@@ -197,7 +202,7 @@ class ClassConditionalSampler:
         def noise(step: Array) -> Array:
             return sample_noise(key, indices, step + 1, state.x.shape[1:])
 
-        denoise = denoiser(network, "noise", learned_range=self.config.learned_variance)
+        denoise = denoiser(network, self._prediction, self._clip, learned_range=self.config.learned_variance)
         return sample_chunk(denoise, state, levels, sampler, noise)
 
 

@@ -170,6 +170,10 @@ def test_config_round_trips_through_json():
         ({"class_dropout": 1.5}, "class_dropout must be between 0 and 1, got 1.5"),
         ({"sample": ClassSampleConfig(labels=(3,), size=(4, 4))}, r"labels must be classes of the model, got \(3,\)"),
         ({"sample": ClassSampleConfig(labels=(0,), size=(4, 5))}, r"size must be multiples of the patch's 2"),
+        (
+            {"sample": ClassSampleConfig(labels=(0,), size=(4, 4), num_steps=21)},
+            "num_steps must be at most the 20 of process.num_levels, got 21",
+        ),
         ({"data": LatentDataConfig(row_length=5)}, "row_length must be the 4 patches of the model's image_size, got 5"),
         (
             {"data": dataclasses.replace(CONFIG.data, label="none")},

@@ -89,6 +89,8 @@ class ClassConditionalConfig(ExperimentConfig):
         check(self.patch.size == (1, size, size), self.patch, "size", f"the model's (1, {size}, {size})")
         channels = self.model.in_channels
         check(self.patch.channels == channels, self.patch, "channels", f"the model's {channels}")
+        steps = self.process.num_levels
+        check(self.sample.num_steps <= steps, self.sample, "num_steps", f"at most the {steps} of process.num_levels")
         self._check_data()
         learned = self.model.learned_variance
         allowed = "hybrid where the model learns its variance" if learned else "simple where the variance is fixed"
