@@ -238,6 +238,13 @@ def test_an_epoch_has_every_image_once(stored):
     assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8)) and seen[:8] != seen[8:]
 
 
+def test_every_place_has_noise_of_its_own(stored):
+    source = LatentSource(stored["path"])
+    source.sample = lambda index, rng: (rng.standard_normal(1), index)
+    noise = [value for batch in LatentBatches(source, 0, 4, length=6) for value in batch.latents[:, 0]]
+    assert len(set(noise)) == 24
+
+
 def test_latents_are_drawn_from_the_scaled_posterior(stored):
     source = LatentSource(stored["path"])
     example = source[3]

@@ -168,8 +168,14 @@ def test_config_round_trips_through_json():
         ({"patch": PatchConfig((1, 2, 2), 3)}, "PatchConfig.channels must be the model's 1, got 3"),
         ({"process": FIXED.process}, "loss must be hybrid where the model learns its variance, got 'simple'"),
         ({"class_dropout": 1.5}, "class_dropout must be between 0 and 1, got 1.5"),
-        ({"sample": ClassSampleConfig(labels=(3,), size=(4, 4))}, r"labels must be classes of the model, got \(3,\)"),
-        ({"sample": ClassSampleConfig(labels=(0,), size=(4, 5))}, r"size must be multiples of the patch's 2"),
+        (
+            {"sample": ClassSampleConfig(labels=(3,), size=(4, 4), num_steps=4)},
+            r"labels must be classes of the model, got \(3,\)",
+        ),
+        (
+            {"sample": ClassSampleConfig(labels=(0,), size=(4, 5), num_steps=4)},
+            r"size must be multiples of the patch's 2",
+        ),
         (
             {"sample": ClassSampleConfig(labels=(0,), size=(4, 4), num_steps=21)},
             "num_steps must be at most the 20 of process.num_levels, got 21",
