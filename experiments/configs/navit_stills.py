@@ -28,7 +28,7 @@ def config() -> ClassificationConfig:
         ),
         patch=PatchConfig(size=(1, 4, 4)),
         model=NaViTConfig(
-            width=96, depth=4, num_heads=3, mlp_dim=384, num_classes=19, max_grid=(1, 24, 24), num_fractions=16
+            width=64, depth=4, num_heads=2, mlp_dim=256, num_classes=19, max_grid=(1, 40, 40), num_fractions=16
         ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99, final_share=0.01
@@ -37,9 +37,9 @@ def config() -> ClassificationConfig:
         learning_rates=(1e-3, 2e-3, 4e-3),
         beside=("vit_stills",),
         test_sides=(12, 16, 20, 24, 32, 40, 48, 64),
-        num_steps=1000,
+        num_steps=2000,
         log_every=20,
-        eval_every=100,
+        eval_every=200,
         eval_batches=64,
-        save_every=250,
+        save_every=500,
     )
