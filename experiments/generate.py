@@ -1,10 +1,11 @@
-"""Makes clips from text, with the released default model or any trained one.
+"""Makes clips from text, with the released default model or any trained one; or images of classes, with a DiT.
 
 A prompt of one frame becomes a PNG, a longer one an mp4; `sheet.png` shows all of them, a row each.
 
     python experiments/generate.py --prompt "frog"
     python experiments/generate.py --prompt "frog" --prompt "rocket" --num-frames 16 1 --height 48 --width 48 64
     python experiments/generate.py --prompts-file prompts.txt --checkpoint runs/emoji --num-steps 50 --sampler heun
+    python experiments/generate.py --class-labels 207 360 387 974 --checkpoint models/dit_xl_2 --vae models/sd_vae
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from etils import epath
 
@@ -30,22 +32,27 @@ class GenerateOptions:
     take one value, or one for each prompt.
 
     Attributes:
+        class_labels: instead of prompts, the classes of a DiT's images, one each.
         prompt: what a clip shows; may be given several times. An empty one gives an unconditional clip.
         prompts_file: a text file with a prompt on each line, after those of `--prompt`; empty lines are left out.
         num_frames: frames; 1 is a picture.
         height: in pixels, a multiple of the model's patch.
         width: in pixels, a multiple of the model's patch.
         fps: frames a second.
-        num_steps: steps of the sampler.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        num_steps: steps of the sampler (DiT: 250).
+        guidance_scale: of classifier-free guidance; 1 is none (DiT: 4).
+        guided_channels: of a DiT; guidance is of so many of the first channels, as in the official code; 0 for all.
         seed: prompt i has the seed `seed` + i.
-        sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps.
+        sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps (default: `euler`; DiT:
+            `ancestral`, which is DDPM with the variance that was learned).
         output: directory of the files.
-        checkpoint: a run directory or an exported model (default: the released model).
+        checkpoint: a run directory or an exported model (default: the released model); of a DiT also converted weights.
+        vae: of a DiT of latents, the autoencoder that `convert_checkpoint.py sd-vae` wrote.
         scale: whole factor that pixels are enlarged by in the files (default: to a long side of at least 256).
         json: also write the settings, files and times to this file.
     """
 
+    class_labels: tuple[int, ...] = ()
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     prompts_file: Path | None = None
     num_frames: tuple[int, ...] = ()
@@ -54,16 +61,21 @@ class GenerateOptions:
     fps: tuple[float, ...] = ()
     num_steps: int | None = None
     guidance_scale: float | None = None
+    guided_channels: int = 3
     seed: int = 0
-    sampler: Literal["euler", "heun", "dpm++", "dpm++sde", "unipc", "ancestral"] = "euler"
+    sampler: Literal["euler", "heun", "dpm++", "dpm++sde", "unipc", "ancestral"] | None = None
     output: str = "outputs/generate"
     checkpoint: str | None = None
+    vae: str | None = None
     scale: int | None = None
     json: Path | None = None
 
 
 def main(options: GenerateOptions) -> None:
     """Loads the model, samples, writes the files and prints where and how long."""
+    if options.class_labels:
+        generate_classes(options)
+        return
     start = time.perf_counter()
     prompts = read_prompts(options)
     if options.scale is not None and options.scale < 1:
@@ -95,7 +107,7 @@ def main(options: GenerateOptions) -> None:
         num_steps=options.num_steps,
         guidance_scale=options.guidance_scale,
         seed=options.seed,
-        sampler=options.sampler,
+        sampler=options.sampler or "euler",
         progress=ProgressBar(),
     )
     sampled = time.perf_counter()
@@ -124,11 +136,73 @@ def main(options: GenerateOptions) -> None:
     if options.json is not None:
         settings = {
             "checkpoint": options.checkpoint or "default",
-            "sampler": options.sampler,
+            "sampler": options.sampler or "euler",
             "num_steps": options.num_steps or sample.num_steps,
             "guidance_scale": sample.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         }
         result = {**settings, "clips": report, "sheet": str(sheet_path), "seconds": seconds}
+        video_io.write_whole(options.json, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def generate_classes(options: GenerateOptions) -> None:
+    """Draws an image of a DiT for each class, writes the files and prints where and how long."""
+    start = time.perf_counter()
+    meant = {"prompt": (), "prompts_file": None, "num_frames": (), "fps": ()}
+    for field, default in meant.items():
+        if getattr(options, field) != default:
+            raise ValueError(f"--{field.replace('_', '-')} is of clips from text, not of the images of --class-labels.")
+    if options.checkpoint is None:
+        raise ValueError("--class-labels needs --checkpoint, a DiT: a run, or what convert_checkpoint.py dit wrote.")
+    if max(len(options.height), len(options.width)) > 1:
+        raise ValueError("--class-labels are drawn at one size: give --height and --width once.")
+    if options.guided_channels < 0:
+        raise ValueError(f"--guided-channels must be 0 (all) or more, got {options.guided_channels}.")
+
+    from sora_jax.generation import video_io
+    from sora_jax.generation.class_conditional import ClassConditionalSampler
+    from sora_jax.generation.pipeline import to_pixels
+    from sora_jax.generation.progress import ProgressBar
+
+    video_io.check_writable("--output", options.output, directory=True)
+    if options.json is not None:
+        video_io.check_writable("--json", options.json)
+    sampler = ClassConditionalSampler.from_pretrained(options.checkpoint, options.vae)
+    size = tuple(
+        given[0] if given else side
+        for given, side in zip((options.height, options.width), sampler.image_size, strict=True)
+    )
+    num_steps = min(250, sampler.num_levels) if options.num_steps is None else options.num_steps
+    settings = {
+        "sampler": options.sampler or "ancestral",
+        "num_steps": num_steps,
+        "guidance_scale": 4.0 if options.guidance_scale is None else options.guidance_scale,
+        "guided_channels": options.guided_channels or None,
+    }
+    loaded = time.perf_counter()
+    bar = ProgressBar()
+    images = sampler(
+        options.class_labels,
+        options.seed,
+        image_size=sampler.cells(size),
+        progress=lambda done: bar(done, num_steps),
+        **settings,
+    )
+    sampled = time.perf_counter()
+    frames = to_pixels(np.broadcast_to(images, (*images.shape[:-1], 3)))
+    output, report = epath.Path(options.output), []
+    for index, (label, frame) in enumerate(zip(options.class_labels, frames, strict=True)):
+        path = video_io.write_image(output / f"{index:03d}-class-{label}.png", frame, options.scale)
+        print(f"{path}  {size[0]} x {size[1]}: class {label}")
+        report.append({"label": label, "file": str(path), "height": size[0], "width": size[1]})
+    captions = [f"class {label}" for label in options.class_labels]
+    sheet_path = video_io.write_image(output / "sheet.png", video_io.contact_sheet(list(frames[:, None]), captions))
+    print(f"{sheet_path}  the contact sheet")
+    seconds = {"load": loaded - start, "sample": sampled - loaded, "write": time.perf_counter() - sampled}
+    seconds["total"] = time.perf_counter() - start
+    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    if options.json is not None:
+        result = {"checkpoint": options.checkpoint, **settings, "seed": options.seed, "images": report}
+        result |= {"sheet": str(sheet_path), "seconds": seconds}
         video_io.write_whole(options.json, (json.dumps(result, indent=2) + "\n").encode())
 
 

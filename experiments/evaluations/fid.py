@@ -169,27 +169,53 @@ def fid(options: FidOptions) -> None:
         check_writable("--json", options.json)
     samples = ImageFiles(options.samples)
     network = options.network()
-    reference = read_reference(options.reference, network, options.batch_size)
-    found = scores(network, measure_files(samples, network, options.batch_size, "features of the samples"), reference)
-    drawn = manifest_path(options.samples)
-    manifest = ScoreManifest(
-        features=network.name,
-        features_hash=params_hash(network.params),
-        samples_hash=file_hash(options.samples),
-        num_samples=samples.count,
-        reference_hash=file_hash(options.reference),
-        precision="float32 features, float64 statistics",
-        environment=Environment.here(),
-        samples=read_manifest(SampleManifest, drawn) if drawn.exists() else None,
-    )
+    reference = Reference(options.reference, network, options.batch_size)
+    figures = reference.score(samples, options.samples)
     print(f"{samples.count} samples of {samples.height} x {samples.width} pixels")
     table = Table("score", "value")
-    for name, value in found.items():
+    for name, value in figures["scores"].items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    figures = {"scores": found, "manifest": json.loads(to_json(manifest))}
     print(json.dumps(figures["manifest"], indent=2))
     _write_json(options.json, figures)
+
+
+class Reference:
+    """What samples are scored against, with the network that does it.
+
+    Args:
+        path: of the statistics or images; see `read_reference`.
+        network: of the features.
+        batch_size: images of a call of the network.
+    """
+
+    def __init__(self, path: str, network: FeatureNetwork, batch_size: int) -> None:
+        self.network, self._batch_size = network, batch_size
+        self._features = read_reference(path, network, batch_size)
+        self._hashes = {"features_hash": params_hash(network.params), "reference_hash": file_hash(path)}
+
+    def score(self, samples: ImageFiles, path: str) -> dict[str, Any]:
+        """Returns `scores`, and the `manifest` of what they were made of.
+
+        Args:
+            samples: images.
+            path: where they are.
+        """
+        features = measure_files(samples, self.network, self._batch_size, "features of the samples")
+        drawn = manifest_path(path)
+        manifest = ScoreManifest(
+            features=self.network.name,
+            samples_hash=file_hash(path),
+            num_samples=samples.count,
+            precision="float32 features, float64 statistics",
+            environment=Environment.here(),
+            samples=read_manifest(SampleManifest, drawn) if drawn.exists() else None,
+            **self._hashes,
+        )
+        return {
+            "scores": scores(self.network, features, self._features),
+            "manifest": json.loads(to_json(manifest)),
+        }
 
 
 def read_reference(path: str, network: FeatureNetwork, batch_size: int) -> FeatureSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +10,11 @@ import rich.console
 from etils import epath
 
 from setups import packed
-from sora_jax.array_types import Array, PyTree
+from sora_jax.array_types import PyTree
 from sora_jax.data.latents import LatentDataConfig, LatentRows, LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.evaluation import plots
-from sora_jax.generation.class_conditional import ClassConditionalSampler
-from sora_jax.models.autoencoder.image_vae import ImageVAE, load_image_vae
+from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
 
 HELD_OUT_SEED = 20_221_219  # of the latents of held-out splits
@@ -86,7 +84,7 @@ class ClassConditionalSetup:
             self._sampler = ClassConditionalSampler(
                 self.config.model,
                 params,
-                self._decode(),
+                LatentDecoder.from_pretrained(c.vae) if c.vae else None,
                 process.betas(),
                 process.prediction,
                 clip=None if latents else (-1.0, 1.0),
@@ -103,14 +101,6 @@ class ClassConditionalSetup:
         if samples.shape[-1] not in (1, 3):
             samples = samples[..., :3]
         return plots.image_grid(list(samples.clip(-1, 1).reshape(len(c.labels), c.columns, *samples.shape[1:])))
-
-    def _decode(self) -> Callable[[Array], Array] | None:
-        """Returns what makes images of scaled latents, where the config names an autoencoder."""
-        if not self.config.sample.vae:
-            return None
-        config, params = load_image_vae(self.config.sample.vae)
-        decode = jax.jit(lambda z: ImageVAE(config).apply({"params": params}, z, method="decode"))
-        return lambda latents: decode(latents / config.scaling_factor)
 
 
 Setup = ClassConditionalSetup

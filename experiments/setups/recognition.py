@@ -31,6 +31,7 @@ from sora_jax.patches.positions import grid_positions
 from sora_jax.training import streams
 from sora_jax.training.checkpoint import load_model
 from sora_jax.training.flops import step_flops
+from sora_jax.training.run_directory import read_keys
 from sora_jax.training.state import abstract_params
 from sora_jax.training.tasks.recognition import (
     ClassificationConfig,
@@ -184,10 +185,7 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
         FileNotFoundError: there is no model at `path`.
         ValueError: what is there is no ViT, ViViT or NaViT, or cannot be read.
     """
-    file = epath.Path(path) / CONFIG_FILE
-    if not file.exists():  # a checkpoint of a run, or nothing
-        file = epath.Path(path).parent.parent / CONFIG_FILE
-    keys = json.loads(file.read_text()) if file.exists() else {}
+    keys = read_keys(path)
     if not keys:
         runs = [run.parent.name for run in sorted(epath.Path(path).glob(f"*/{CONFIG_FILE}"))]
         if runs:

@@ -115,6 +115,19 @@ class SampleStore:
             if progress is not None:
                 progress(len(images))
 
+    def read(self, indices: Int[np.ndarray, " n"]) -> NumpyArray:
+        """Returns some samples, (n, H, W, 3) uint8, with one shard in memory at a time.
+
+        Raises:
+            FileNotFoundError: a shard of theirs that is missing.
+        """
+        images = np.empty((len(indices), *self.shape), np.uint8)
+        numbers = np.asarray(indices) // self.shard_size
+        for number in np.unique(numbers):
+            shard, chosen = self.shards[number], numbers == number
+            images[chosen] = self._read(shard)[np.asarray(indices)[chosen] - shard.start]
+        return images
+
     def assemble(self, path: epath.PathLike) -> epath.Path:
         """Writes all samples as `arr_0` (N, H, W, 3) of an `.npz`, a shard in memory at a time, and its manifest.
 

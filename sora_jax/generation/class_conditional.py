@@ -9,7 +9,7 @@ to it.
 
 In short:
 
-sampler = ClassConditionalSampler(*load_dit("models/dit_xl_2"), decode=decode)
+sampler = ClassConditionalSampler.from_pretrained("models/dit_xl_2", vae="models/sd_vae")
 images = sampler([207, 360, 387], seed=0, guidance_scale=4.0)
 """
 
@@ -22,9 +22,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, NumpyArray, PyTree
 from sora_jax.config import MeshConfig
+from sora_jax.data.latents import LatentDataConfig
 from sora_jax.diffusion.gaussian import Levels, Prediction, discrete_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import (
@@ -38,9 +40,41 @@ from sora_jax.diffusion.samplers import (
     start,
 )
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas, respaced_steps
-from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
+from sora_jax.models.dit import DiT, DiTConfig, load_dit
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
+from sora_jax.training.checkpoint import load_model
+from sora_jax.training.run_directory import read_keys
+from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
+from sora_jax.training.tasks.diffusion import GaussianConfig
+
+
+class LatentDecoder:
+    """An autoencoder's decoder: scaled latents, (N, H, W, C), to images, of values in about [-1, 1].
+
+    Args:
+        config: of the autoencoder.
+        params: its parameters.
+    """
+
+    def __init__(self, config: ImageVAEConfig, params: PyTree):
+        self.config, self.params = config, params
+        self._decode = jax.jit(lambda params, z: ImageVAE(config).apply({"params": params}, z, method="decode"))
+
+    @classmethod
+    def from_pretrained(cls, path: str | epath.PathLike) -> LatentDecoder:
+        """Loads what `experiments/convert_checkpoint.py sd-vae` wrote; raises what `load_image_vae` does."""
+        return cls(*load_image_vae(path))
+
+    @property
+    def stride(self) -> int:
+        """Pixels along the side of a latent cell."""
+        return self.config.strides[1]
+
+    def __call__(self, latents: Float[Array, "batch height width latent"]) -> Float[Array, "batch h w channels"]:
+        """Returns the images of latents as a diffusion model makes them."""
+        return self._decode(self.params, latents / self.config.scaling_factor)
 
 
 class ClassConditionalSampler:
@@ -52,12 +86,16 @@ class ClassConditionalSampler:
     Args:
         config: of the model.
         params: its (EMA) parameters, unboxed.
-        decode: from what is sampled, (N, H, W, in_channels) on the devices, to what is returned, with the scaling of
-            latents undone; None to return the samples themselves.
+        decode: from what is sampled, (N, H, W, in_channels) on the devices, to what is returned, such as a
+            `LatentDecoder`; None to return the samples themselves.
         betas: of the process that the model was trained on; None for the paper's.
         prediction: what the model predicts; the paper's is the noise.
         clip: bounds that the clean data is clipped to in each step, of pixels; None for latents.
         devices: samples are split over them (default: all of this host).
+
+    Attributes:
+        config: of the model.
+        decode: as above.
     """
 
     def __init__(
@@ -71,7 +109,7 @@ class ClassConditionalSampler:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
-        self._decode = decode
+        self.decode = decode
         self._betas = linear_betas() if betas is None else betas
         self._prediction, self._clip = prediction, clip
         self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
@@ -86,6 +124,74 @@ class ClassConditionalSampler:
             donate_argnames="state",
             out_shardings=self._state_shardings,  # what goes in, or the second chunk would compile again
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | epath.PathLike,
+        vae: str | epath.PathLike | None = None,
+        averaged: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> ClassConditionalSampler:
+        """Loads a run, an exported model or the weights that `experiments/convert_checkpoint.py dit` wrote.
+
+        Args:
+            path: of the model.
+            vae: directory of the autoencoder that latents are decoded by; without it latents are returned.
+            averaged: of a run, take the EMA of the parameters.
+            devices: samples are split over them (default: all of this host).
+
+        Raises:
+            FileNotFoundError: there is no model at `path`, or no autoencoder at `vae`.
+            ValueError: the files there do not make a model; or an autoencoder for a model of pixels, or of latents of
+                another number of channels.
+        """
+        if "optimizer" in read_keys(path):
+            config, params = load_model(path, averaged, ClassConditionalConfig)
+            pixels, process, config = not isinstance(config.data, LatentDataConfig), config.process, config.model
+        else:
+            (config, params), pixels, process = load_dit(path), False, GaussianConfig()
+        decode = None
+        if vae is not None:
+            if pixels:
+                raise ValueError(f"{path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
+            decode = LatentDecoder.from_pretrained(vae)
+            if decode.config.latent_channels != config.in_channels:
+                raise ValueError(
+                    f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
+                    f"{decode.config.latent_channels}."
+                )
+        clip = (-1.0, 1.0) if pixels else None
+        return cls(config, params, decode, process.betas(), process.prediction, clip, devices)
+
+    @property
+    def num_levels(self) -> int:
+        """Steps of the process, the most that can be visited."""
+        return len(self._betas)
+
+    @property
+    def stride(self) -> int:
+        """Pixels along the side of a cell of what is sampled."""
+        return self.decode.stride if isinstance(self.decode, LatentDecoder) else 1
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what the model was trained on, in pixels."""
+        height, width = self.config.image_size
+        return height * self.stride, width * self.stride
+
+    def cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns `image_size` of a call for images of `size`, (height, width) in pixels.
+
+        Raises:
+            ValueError: a model whose latents have no autoencoder, or a size that is no multiple of a patch.
+        """
+        if self.decode is None and self.config.in_channels not in (1, 3):
+            raise ValueError(f"latents of {self.config.in_channels} channels: name an autoencoder, vae.")
+        unit = self.stride * self.config.patch_size
+        if any(side < 1 or side % unit for side in size):
+            raise ValueError(f"size must be (height, width), positive multiples of {unit} pixels, got {tuple(size)}.")
+        return size[0] // self.stride, size[1] // self.stride
 
     @property
     def params(self) -> PyTree:
@@ -172,7 +278,7 @@ class ClassConditionalSampler:
             return self._chunk(self._params, state, levels, key, samples, scale, sampler=method, guided=guided)
 
         x = sample(chunk, state, levels, progress=progress)[: len(labels)]
-        return np.asarray(x if self._decode is None else self._decode(x))
+        return np.asarray(x if self.decode is None else self.decode(x))
 
     def _sample_chunk(
         self,

@@ -64,6 +64,31 @@ def read_config(directory: epath.PathLike, kind: type[Config] = SoraConfig) -> C
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_keys(path: epath.PathLike) -> dict[str, Any]:
+    """Returns `config.json` of a run (or of the run of a checkpoint), an exported model or converted weights.
+
+    What the keys are says which of them it is: that of a run and of an exported model has `optimizer`.
+
+    Returns:
+        The nested keys; none where there is no such file.
+
+    Raises:
+        ValueError: a file that is no JSON object.
+    """
+    path = epath.Path(path)
+    files = (directory / "config.json" for directory in (path, path.parent.parent))
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return {}
+    try:
+        keys = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{file} holds no config.")
+    return keys
+
+
 def write_config(directory: epath.PathLike, config: ExperimentConfig) -> None:
     """Writes `config.json`, whole or not at all."""
     write_atomically(epath.Path(directory) / "config.json", to_json(config))

@@ -7,22 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from class_models import LATENTS as CONFIG
+from class_models import VAE, random_like, write_autoencoder, write_latent_model, write_pixel_model
 from flax import linen as nn
 
 from sora_jax.convert.dit import convert_dit
 from sora_jax.diffusion.schedules import alpha_bar, linear_betas
 from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
-from sora_jax.models.dit import DiT, DiTConfig, abstract_params, init_params, load_dit
-
-CONFIG = DiTConfig(
-    image_size=(4, 6), width=16, depth=1, num_heads=2, mlp_dim=16, num_classes=5, frequency_dim=16, attention="xla"
-)
+from sora_jax.models.autoencoder import image_vae
+from sora_jax.models.autoencoder.image_vae import ImageVAE
+from sora_jax.models.dit import DiT, abstract_params, init_params, load_dit
 
 
 def random_params(config=CONFIG):
-    rng = np.random.default_rng(0)
-    shapes = nn.meta.unbox(abstract_params(DiT(config)))
-    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_like(abstract_params(DiT(config)))
 
 
 def official_chain(network, noises, labels, null, scale, channels, num_steps):
@@ -145,6 +143,48 @@ def test_bad_arguments_are_named(sampler):
     ):
         with pytest.raises(ValueError, match=words):
             sampler(**dict(labels=[0]) | options)
+
+
+@pytest.mark.slow
+def test_latents_of_converted_weights_are_decoded(tmp_path):
+    """The samples are the autoencoder's images of the latents over their scaling factor."""
+    model, vae = write_latent_model(tmp_path / "dit"), write_autoencoder(tmp_path / "vae")
+    options = dict(seed=2, num_steps=3)
+    bare = ClassConditionalSampler.from_pretrained(model)
+    latents = bare([1, 5], **options)
+    assert latents.shape == (2, 4, 6, 4)
+    np.testing.assert_array_equal(latents, ClassConditionalSampler(CONFIG, random_params())([1, 5], **options))
+    both = ClassConditionalSampler.from_pretrained(model, vae)
+    images = both([1, 5], **options)
+    params = random_like(image_vae.abstract_params(ImageVAE(VAE)))
+    expected = ImageVAE(VAE).apply({"params": params}, latents / VAE.scaling_factor, method="decode")
+    np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-4)
+    assert both.stride == 2 and both.image_size == (8, 12) and both.cells((8, 4)) == (4, 2)
+    with pytest.raises(ValueError, match="latents of 4 channels: name an autoencoder"):
+        bare.cells((4, 4))
+    with pytest.raises(ValueError, match=r"positive multiples of 4 pixels, got \(8, 6\)"):
+        both.cells((8, 6))
+
+
+def test_a_model_of_pixels_has_its_own_process_and_is_clipped(tmp_path):
+    sampler = ClassConditionalSampler.from_pretrained(write_pixel_model(tmp_path / "pixels"))
+    assert sampler.num_levels == 20 and sampler.stride == 1 and sampler.cells((4, 8)) == (4, 8)
+    images = sampler([0, 2], num_steps=20)
+    assert images.shape == (2, 4, 4, 3) and np.abs(images).max() <= 1
+    with pytest.raises(ValueError, match="makes pixels, which no autoencoder decodes"):
+        ClassConditionalSampler.from_pretrained(tmp_path / "pixels", vae="anything")
+
+
+def test_models_that_are_not_there_or_do_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no DiT at .*absent"):
+        ClassConditionalSampler.from_pretrained(tmp_path / "absent")
+    model, vae = write_latent_model(tmp_path / "dit"), write_autoencoder(tmp_path / "vae")
+    (vae / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"vae.config\.json"):
+        ClassConditionalSampler.from_pretrained(model, vae)
+    (model / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dit.config\.json is no JSON"):
+        ClassConditionalSampler.from_pretrained(model)
 
 
 def restless(torch, model):

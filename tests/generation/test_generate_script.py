@@ -8,6 +8,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from class_models import write_autoencoder, write_latent_model, write_pixel_model
 from PIL import Image
 from tiny_model import random_params
 
@@ -66,6 +67,54 @@ def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, c
         (1, 12, 16, 8.0, 5),
     ]
     assert report["num_steps"] == 2 and report["seconds"]["total"] > 0
+
+
+def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
+    output = tmp_path / "out"
+    generate.main(
+        generate.GenerateOptions(
+            class_labels=(3, 0, 3),
+            checkpoint=str(write_latent_model(tmp_path / "dit")),
+            vae=str(write_autoencoder(tmp_path / "vae")),
+            height=(16,),
+            num_steps=3,
+            sampler="euler",
+            guided_channels=0,
+            scale=1,
+            output=str(output),
+            json=tmp_path / "report.json",
+        )
+    )
+    names = ["000-class-3.png", "001-class-0.png", "002-class-3.png", "sheet.png"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    images = [np.asarray(Image.open(output / name)) for name in names[:3]]
+    assert all(image.shape == (16, 12, 3) for image in images) and (images[0] != images[2]).any()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [image["label"] for image in report["images"]] == [3, 0, 3]
+    assert report["guidance_scale"] == 4 and report["guided_channels"] is None and report["sampler"] == "euler"
+    printed = capsys.readouterr().out
+    assert all(str(output / name) in printed for name in names)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=("frog",)), "--prompt is of clips from text"),
+        (dict(num_frames=(3,)), "--num-frames is of clips from text"),
+        (dict(checkpoint=None), "--class-labels needs --checkpoint, a DiT"),
+        (dict(height=(4, 8)), "--class-labels are drawn at one size"),
+        (dict(guided_channels=-1), r"--guided-channels must be 0 \(all\) or more, got -1"),
+        (dict(height=(5,)), r"positive multiples of 2 pixels, got \(5, 4\)"),
+        (dict(class_labels=(4,)), r"labels must be .* between 0 and 3, got \[4\]"),
+        (dict(num_steps=21), "count must be between 1 and the process's 20 steps, got 21"),
+    ],
+)
+def test_bad_options_for_classes_are_named(tmp_path, changes, message):
+    model = str(write_pixel_model(tmp_path / "model"))
+    options = dict(class_labels=(0,), checkpoint=model, output=str(tmp_path / "out")) | changes
+    with pytest.raises(ValueError, match=message):
+        generate.main(generate.GenerateOptions(**options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
