@@ -42,7 +42,7 @@ def config() -> ClassificationConfig:
             num_classes=2,
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=100, weight_decay=0.05, ema_decay=0.99),
-        num_steps=800,
+        num_steps=600,
         log_every=20,
         eval_every=200,
         eval_batches=8,
