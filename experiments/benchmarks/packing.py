@@ -25,10 +25,11 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from setups.trainer import Trainer
 from tqdm import tqdm
 from train import load_config
 
-from benchmarks.training_step import Trainer, captions_of, device_name, kernel_name, with_data
+from benchmarks.training_step import captions_of, device_name, kernel_name, with_data
 from sora_jax.array_types import PackedBatch
 from sora_jax.config import SoraConfig
 from sora_jax.data.captions import CaptionTable

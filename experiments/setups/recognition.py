@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from setups import packed
 from setups.study import Report
+from setups.trainer import Trainer
 from sora_jax.array_types import Array, PyTree
 from sora_jax.data.recognition import FixedSize
 from sora_jax.data.sources import ClipSource, open_source
@@ -41,6 +42,7 @@ from sora_jax.training.tasks.recognition import (
 )
 
 SCORED_ROWS = 16  # at a time
+TIMED_UPDATES = 20
 
 
 class RecognitionSetup:
@@ -128,8 +130,9 @@ class RecognitionSetup:
 
         Returns:
             `accuracy` and `accuracy_stderr` (binomial), or `recall_at_1` and `recall_at_5` of images' captions among
-            all of the split, of `num_scored` examples; the same at `test_sides`; what the model and its training cost;
-            and how held-out figures went with training (`evaluated_flops`, `evaluated_scores`).
+            all of the split, of `num_scored` examples; the same at `test_sides`; what the model and its training cost
+            (`step_seconds` as it was trained, `update_seconds` measured again without waiting for data); and how
+            held-out figures went with training (`evaluated_flops`, `evaluated_scores`).
         """
         params = self._params()
         split = self.config.data.eval_splits[0]
@@ -171,11 +174,24 @@ class RecognitionSetup:
             "examples_per_step": float(np.mean([s["examples_per_second"] * s["step_seconds"] for s in steps])),
             "real_token_share": float(np.mean([s["real_token_share"] for s in steps])),
             "step_seconds": float(np.median([s["step_seconds"] for s in steps])),
+            **self._update_seconds(),
             "flops_per_step": float(flops),
             "training_flops": float(flops * config.num_steps),
             "evaluated_flops": [float(flops * step) for step, _ in curve],
             "evaluated_scores": [value for _, value in curve],
         }
+
+    def _update_seconds(self) -> Report:
+        """Returns what an update takes whose rows are at hand, where there is one host: without waiting for data."""
+        if jax.process_count() > 1:  # the report is one host's; an update is of all
+            return {}
+        config = self.config
+        with packed.open_pipeline(config, self._captions(), config.data.split, training=True) as batches:
+            rows = [next(batches) for _ in range(config.optimizer.accumulation_steps)]
+        trainer = Trainer(config)
+        step = trainer.step(config)
+        trainer.timed(step, rows)  # compiles
+        return {"update_seconds": float(np.median([trainer.timed(step, rows) for _ in range(TIMED_UPDATES)]))}
 
 
 def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
