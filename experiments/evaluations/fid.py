@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sora_jax.config_json import to_json
 from sora_jax.convert.efficientnet import load_efficientnet
 from sora_jax.data.builders.latents import center_crop
-from sora_jax.data.decode import flatten
+from sora_jax.data.decode import decode_frames, flatten
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation.features import (
     EfficientNetNetwork,
@@ -99,8 +99,9 @@ class ReferenceOptions(NetworkOptions):
         data: the pictures.
         output: .npz file: mu, sigma (Inception: also mu_s, sigma_s) and the features of some pictures.
         split: of the data set.
-        image_size: the middle square of each picture is brought to this height and width as guided-diffusion and DiT
-            do it (default: all pictures must have one size already).
+        image_size: each picture is brought to this height and width (default: all must have one size already).
+        fit: how: its middle square, as guided-diffusion, DiT and `prepare_data.py latents` do it, or the whole of it
+            stretched, as models of pixels with `data.sampling` of one size are trained.
         num_pool: pictures whose features are kept, for precision and recall; chosen by a fixed seed.
     """
 
@@ -108,6 +109,7 @@ class ReferenceOptions(NetworkOptions):
     output: str
     split: str = "train"
     image_size: int | None = None
+    fit: Literal["crop", "stretch"] = "crop"
     num_pool: int = 10_000
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class ReferenceOptions(NetworkOptions):
         for field in ("image_size", "num_pool"):
             if (getattr(self, field) or 1) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        if self.fit != "crop" and self.image_size is None:
+            raise ValueError(f"--fit {self.fit} needs --image-size, which each picture is brought to.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,7 @@ def write_reference(options: ReferenceOptions) -> None:
     chosen = np.random.default_rng(0).permutation(len(stills))[: options.num_pool]
     found = measure(
         network,
-        read_stills(source, stills, options.image_size),
+        read_stills(source, stills, options.image_size, options.fit),
         len(stills),
         options.batch_size,
         "features of the data set",
@@ -254,13 +258,24 @@ def measure(
         return collect_features(stream, **options)
 
 
-def read_stills(source: ClipSource, stills: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
-    """Yields pictures of a data set, (1, H, W, 3) uint8 each, cropped to a square of `size` pixels if one is given."""
+def read_stills(source: ClipSource, stills: np.ndarray, size: int | None, fit: str = "crop") -> Iterator[np.ndarray]:
+    """Yields pictures of a data set, (1, H, W, 3) uint8 each.
+
+    Args:
+        source: the data set.
+        stills: indices of its pictures.
+        size: height and width that they are brought to; None leaves them as they are.
+        fit: their middle square (`crop`), or the whole of them (`stretch`).
+    """
     first = None
     for index in stills:
-        with Image.open(io.BytesIO(source.read_frames(int(index), [0])[0])) as encoded:
-            image = flatten(encoded)
-        pixels = np.asarray(image) if size is None else center_crop(np.asarray(image), size)
+        data = source.read_frames(int(index), [0])[0]
+        if size is not None and fit == "stretch":
+            pixels = decode_frames([data], size, size)[0]
+        else:
+            with Image.open(io.BytesIO(data)) as encoded:
+                pixels = np.asarray(flatten(encoded))
+            pixels = pixels if size is None else center_crop(pixels, size)
         first = pixels.shape if first is None else first
         if pixels.shape != first:
             raise ValueError(

@@ -115,6 +115,12 @@ def test_pictures_of_several_sizes_need_one(small, monkeypatch, tmp_path):
     np.testing.assert_array_equal(found[1][0], images[1][:, 2:10])
     middle = np.asarray(Image.fromarray(images[2]).resize((10, 15), Image.Resampling.BOX).resize((8, 12), 3))[2:10]
     np.testing.assert_array_equal(found[2][0], middle)
+    whole = list(script.read_stills(source, np.arange(3), 8, "stretch"))
+    np.testing.assert_array_equal(whole[0][0], images[0])
+    squeezed = Image.fromarray(images[1]).resize((8, 8), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(whole[1][0], np.asarray(squeezed))
+    with pytest.raises(ValueError, match="--fit stretch needs --image-size"):
+        script.ReferenceOptions(**settings, fit="stretch")
 
 
 @pytest.mark.parametrize(
