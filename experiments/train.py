@@ -186,7 +186,8 @@ def dry_run(arguments: Arguments) -> int:
     }
     if isinstance(task, ClassConditionalTask):
         figures["num_table_params"] = num_table_params(config.model)
-    if isinstance(task, RecognitionTask) and (operations := task.forward_flops_of_one()):
+    kinds = RecognitionTask | ClassConditionalTask
+    if isinstance(task, kinds) and (operations := task.forward_flops_of_one()):
         figures["forward_macs"] = operations // 2
     table = rich.table.Table("", arguments.name, title="one training step")
     table.add_row("parameters", f"{figures['num_params']:,}")

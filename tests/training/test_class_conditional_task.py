@@ -14,7 +14,8 @@ from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.latents import LatentDataConfig
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.attention import xla_attention
+from sora_jax.models.dit import DIT_SIZES, DiTConfig
 from sora_jax.training import state as states
 from sora_jax.training.loop import Outcome, train
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
@@ -154,6 +155,18 @@ def test_resume_is_exact(tmp_path):
         train(dataclasses.replace(CONFIG, save_every=3), tmp_path / "parts", opener(stop_at=4))
     assert train(CONFIG, tmp_path / "parts", opener()) is Outcome.FINISHED
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", CONFIG)
+
+
+def test_useful_operations_are_those_of_the_paper():
+    """DiT-S/2 on 32 x 32 latents: 6.06 Gflops in table 4 of the paper, where a flop is a multiply-accumulate."""
+    data = LatentDataConfig(batch_size=8, row_length=256)
+    model = dataclasses.replace(DIT_SIZES["dit_s_2"], dtype="bfloat16", attention="splash")
+    config = dataclasses.replace(ClassConditionalConfig(), data=data, model=model)
+    totals = {"real_tokens": 5120.0, "examples": 20.0}
+    rates = ClassConditionalTask(config, xla_attention).rates(totals, 4.0, 5)
+    assert rates["model_flops_per_second"] == pytest.approx(3 * 20 * 2 * 6.06e9 / 4, rel=0.01)
+    assert rates["examples_per_second"] == 5 and rates["real_token_share"] == 0.5
+    assert "model_flops_per_second" not in TASK.rates(totals, 4.0, 5)
 
 
 def test_config_round_trips_through_json():

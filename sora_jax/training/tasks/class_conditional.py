@@ -12,11 +12,13 @@ The share of the bound is that of the official code (facebookresearch/DiT): 1, o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PatchConfig, check
@@ -30,6 +32,7 @@ from sora_jax.models import dit
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.dit import DiT, DiTConfig, split_output
 from sora_jax.training import streams
+from sora_jax.training.flops import count_flops
 from sora_jax.training.tasks.diffusion import GaussianConfig
 from sora_jax.training.tasks.recognition import count_examples
 from sora_jax.training.tasks.task import Loss, packed_batch
@@ -196,14 +199,34 @@ class ClassConditionalTask:
         return Loss(error.sum(), real.sum().astype(jnp.float32), count_examples(batch))
 
     def rates(self, totals: Mapping[str, float], seconds: float, num_batches: int) -> dict[str, float]:
-        """Returns tokens, images and useful operations a second, and the share of slots that held a patch."""
+        """Returns tokens, images and (of one size) useful operations a second, and the share of slots with a patch."""
+        one = self.forward_flops_of_one()
         slots = num_batches * self.config.data.batch_size * self.config.data.row_length
         return {
             "real_tokens_per_second": totals["real_tokens"] / seconds,
             "real_token_share": totals["real_tokens"] / slots,
             "examples_per_second": totals["examples"] / seconds,
+            **({} if one is None else {"model_flops_per_second": 3 * totals["examples"] * one / seconds}),
         }
+
+    def forward_flops_of_one(self) -> int | None:
+        """Returns the operations of a forward pass of one image; None where images have sizes of their own."""
+        data = self.config.data
+        if isinstance(data, LatentDataConfig):
+            return _flops_of_one(self.config.model, self.config.model.image_size)
+        return _flops_of_one(self.config.model, data.sampling.size) if isinstance(data.sampling, FixedSize) else None
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Returns nothing: the loss says it all."""
         return {}
+
+
+@functools.cache
+def _flops_of_one(config: DiTConfig, size: tuple[int, int]) -> int:
+    """Returns the operations of a forward pass of one image of (height, width) cells; nothing is allocated."""
+    plain = DiT(dataclasses.replace(config, attention="xla"))
+    image = jax.ShapeDtypeStruct((1, *size, config.in_channels), jnp.float32)
+    time, label = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.float32, jnp.int32))
+    params = nn.meta.unbox(dit.abstract_params(plain))
+    apply = functools.partial(plain.apply, method="on_images")
+    return count_flops(lambda params, *args: apply({"params": params}, *args), params, image, time, label)
