@@ -70,6 +70,7 @@ class ClassConditionalSetup:
             length=None if training else config.eval_batches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            num_workers=config.data.num_workers,
         )
 
     def attention_for(self, mesh: jax.sharding.Mesh) -> Any:

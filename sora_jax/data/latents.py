@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
+import functools
 import json
 from typing import Any, NamedTuple
 
@@ -28,16 +31,19 @@ class LatentDataConfig(BatchConfig):
         path: directory of the data set.
         row_length: patches of an image's latents, L.
         seed: of order, mirror images and the draws from the posteriors.
+        num_workers: threads that read and draw batches ahead, one each.
     """
 
     eval_splits: tuple[str, ...] = ()
     path: str = ""
     row_length: int = 256
     seed: int = 0
+    num_workers: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.row_length >= 1, self, "row_length", "at least 1")
+        check(self.num_workers >= 1, self, "num_workers", "at least 1")
         check(self.seed >= 0, self, "seed", "at least 0")
 
     @property
@@ -155,7 +161,8 @@ class LatentBatches:
     """Batches in which every image comes once an epoch, in a new order; the last ones of an epoch join the next.
 
     What stands at a place of the order depends on that place and the seed alone, so the number of the batch is all that
-    is saved, and the number of hosts changes nothing. Each host reads its own rows.
+    is saved, and the number of hosts changes nothing. Each host reads its own rows, batches ahead of the one that is
+    asked for.
 
     Args:
         source: of the latents.
@@ -164,6 +171,7 @@ class LatentBatches:
         length: batches until the end (None: endless).
         process_index: number of this host.
         process_count: hosts.
+        num_workers: threads; as many batches are made ahead.
 
     Raises:
         ValueError: a batch that the hosts cannot share, or no latents.
@@ -177,6 +185,7 @@ class LatentBatches:
         length: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        num_workers: int = 1,
     ) -> None:
         if batch_size % process_count:
             raise ValueError(f"data.batch_size must be a multiple of the {process_count} hosts, got {batch_size}.")
@@ -186,18 +195,31 @@ class LatentBatches:
         share = batch_size // process_count
         self._rows = range(process_index * share, (process_index + 1) * share)
         self._index = 0
-        self._order: tuple[int, NumpyArray] = (-1, np.zeros(0, np.int64))  # epoch, and its order
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # of two epochs, where one ends
+        self._num_workers = num_workers
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_workers, "latents")
+        self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()  # of batches from _index on
 
     def __iter__(self) -> LatentBatches:
         """Returns itself."""
         return self
 
-    def __next__(self) -> LatentBatch:
+    def __next__(self) -> Any:
         """Returns this host's rows of the next batch."""
-        if self._index == self._length:
+        while len(self._ahead) < self._num_workers:
+            index = self._index + len(self._ahead)
+            if self._length is not None and index >= self._length:
+                break
+            self._ahead.append(self._pool.submit(self.make, index))
+        if not self._ahead:
             raise StopIteration
-        places = [self._index * self._batch_size + row for row in self._rows]
+        batch = self._ahead.popleft().result()
         self._index += 1
+        return batch
+
+    def make(self, index: int) -> Any:
+        """Returns this host's rows, a `LatentBatch`, of a batch by its number; several threads may ask at once."""
+        places = [index * self._batch_size + row for row in self._rows]
         drawn = [
             self._source.sample(self._image_at(place), np.random.default_rng((self._seed, _DRAW, place)))
             for place in places
@@ -208,10 +230,11 @@ class LatentBatches:
     def _image_at(self, place: int) -> int:
         """Returns the index of the image at a place of the order of all epochs."""
         epoch, number = divmod(place, len(self._source))
-        if self._order[0] != epoch:
-            rng = np.random.default_rng((self._seed, _ORDER, epoch))
-            self._order = epoch, rng.permutation(len(self._source))
-        return int(self._order[1][number])
+        return int(self._order(epoch)[number])
+
+    def _draw_order(self, epoch: int) -> Int[np.ndarray, " images"]:
+        """Returns the order of an epoch."""
+        return np.random.default_rng((self._seed, _ORDER, epoch)).permutation(len(self._source))
 
     def get_state(self) -> dict[str, Any]:
         """Returns the number of the next batch, which is that of every host."""
@@ -220,13 +243,22 @@ class LatentBatches:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a place that `get_state` gave."""
         self._index = state["index"]
+        self._forget()
 
     def summary(self) -> str:
         """Returns how much was given, in a line."""
         return f"{self._index:,} batches of {self._batch_size:,} latents"
 
     def close(self) -> None:
-        """Does nothing: there is no process to end."""
+        """Ends the threads."""
+        self._forget()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _forget(self) -> None:
+        """Drops what was made ahead."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
 
 
 class LatentRows(LatentBatches):
@@ -249,9 +281,9 @@ class LatentRows(LatentBatches):
             raise ValueError(f"patch must cut latents of {source.shape} (h, w, c), got {given}.")
         self._patch, self._grid = patch, grid_shape(1, height, width, patch.size)
 
-    def __next__(self) -> PackedBatch:
-        """Returns this host's rows of the next batch."""
-        batch, patch = super().__next__(), self._patch
+    def make(self, index: int) -> PackedBatch:
+        """Returns this host's rows of a batch by its number."""
+        batch, patch = super().make(index), self._patch
         positions = grid_positions(self._grid, 1.0, patch)
         text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
         budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)

@@ -1,11 +1,13 @@
 """Latents computed once: what is stored, restarts, processes that share the work, and batches drawn from it."""
 
 import collections
+import contextlib
 import importlib.util
 import itertools
 import json
 import pathlib
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -243,6 +245,26 @@ def test_every_place_has_noise_of_its_own(stored):
     source.sample = lambda index, rng: (rng.standard_normal(1), index)
     noise = [value for batch in LatentBatches(source, 0, 4, length=6) for value in batch.latents[:, 0]]
     assert len(set(noise)) == 24
+
+
+def test_threads_make_batches_ahead_and_change_nothing(stored):
+    one = list(LatentBatches(LatentSource(stored["path"]), 3, 6, length=7))
+    source = LatentSource(stored["path"])
+    draw, together, inside = source.sample, threading.Barrier(3), set()
+
+    def sample(index, rng):
+        if len(inside) < 3 and threading.get_ident() not in inside:
+            inside.add(threading.get_ident())
+            together.wait(timeout=30)  # three threads are here at once, or this raises
+        return draw(index, rng)
+
+    source.sample = sample
+    with contextlib.closing(LatentBatches(source, 3, 6, length=7, num_workers=3)) as batches:
+        several = list(batches)
+    jax.tree.map(np.testing.assert_array_equal, several, one)
+    source.sample = lambda index, rng: draw(99, rng)
+    with pytest.raises(IndexError, match="got 99"):
+        next(LatentBatches(source, 3, 6, num_workers=3))
 
 
 def test_latents_are_drawn_from_the_scaled_posterior(stored):
