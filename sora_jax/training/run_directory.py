@@ -24,8 +24,8 @@ Config = TypeVar("Config", bound=ExperimentConfig)
 # computed. A longer run stretches its cosine over the new `num_steps` from where it stands.
 CHANGEABLE = (
     "num_steps", "log_every", "eval_every", "eval_batches", "save_every", "keep", "sample_every", "sample.",
-    "num_seeds", "num_held_out", "num_draws", "num_samples", "beside", "mesh.", "model.remat", "model.attention",
-    "data.num_workers", "data.prefetch", "data.eval_splits",
+    "num_seeds", "num_held_out", "num_draws", "num_samples", "beside", "learning_rates", "selection_split",
+    "test_sides", "mesh.", "model.remat", "model.attention", "data.num_workers", "data.prefetch", "data.eval_splits",
 )  # fmt: skip
 
 

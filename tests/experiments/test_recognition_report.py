@@ -136,6 +136,17 @@ def test_again_nothing_is_trained_and_the_figures_are_the_same(finished, folder,
     assert lasting() == before
 
 
+def test_a_longer_grid_trains_the_new_rates_alone(finished, folder, capsys):
+    before = {path.name for path in (folder / "run").iterdir() if path.is_dir()}
+    command = [*finished, "--learning-rates", "1e-3", "1e-2", "1e-9", "--test-sides", "8"]
+    assert train.main(command) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("finished at step 4") == 2
+    new = {path.name for path in (folder / "run").iterdir() if path.is_dir()} - before
+    assert new == {"navit_rate_1e-09_seed_0", "vit_rate_1e-09_seed_0"}
+    assert json.loads((folder / "figures.json").read_text())["test_sides"] == [8]
+
+
 def test_a_checkpoint_is_scored_as_its_run_was(finished, folder):
     run = next(path for path in (folder / "run").iterdir() if path.name.startswith("vit_") and "seed_0" in path.name)
     assert json.loads((run / "config.json").read_text())["num_seeds"] == 2
