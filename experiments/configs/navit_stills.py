@@ -34,7 +34,7 @@ def config() -> ClassificationConfig:
             learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, ema_decay=0.99, final_share=0.01
         ),
         num_seeds=3,
-        learning_rates=(1e-3, 2e-3, 4e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
         beside=("vit_stills",),
         test_sides=(12, 16, 20, 24, 32, 40, 48, 64),
         num_steps=2000,
