@@ -43,5 +43,5 @@ def config() -> ClassConditionalConfig:
         eval_every=1000,
         eval_batches=8,
         save_every=500,
-        sample_every=1000,
+        sample_every=2000,
     )
