@@ -1,4 +1,4 @@
-"""Measures what training costs and what samplers are worth, on the machine at hand.
+"""Measures what training costs, what samplers are worth and how fast DiT is, on the machine at hand.
 
 Each suite is a file in experiments/benchmarks/; `benchmark.py SUITE --help` shows its options.
 
@@ -7,6 +7,7 @@ Examples:
     python experiments/benchmark.py packing --data.path data/fluent_emoji --row-lengths 512 --rows 1000 --num-steps 3
     python experiments/benchmark.py data --data.path data/fluent_emoji --json data.json
     python experiments/benchmark.py samplers --reference-steps 200
+    python experiments/benchmark.py dit --config dit_s_2 --json dit.json
     python experiments/benchmark.py waste --path data/stills/1.0.0 --row-lengths 1024
 """
 
@@ -16,13 +17,14 @@ import json
 import sys
 
 import tyro
-from benchmarks import data, packing, samplers, waste
+from benchmarks import data, dit, packing, samplers, waste
 
 from sora_jax.generation.video_io import check_writable, write_whole
 
 SUITES = {
     "packing": (packing.PackingOptions, packing.run),
     "data": (data.DataOptions, data.run),
+    "dit": (dit.DiTOptions, dit.run),
     "samplers": (samplers.SamplersOptions, samplers.run),
     "waste": (waste.WasteOptions, waste.run),
 }
