@@ -36,7 +36,10 @@ def mean_over_seeds(reports: list[Report], key: str, name: str) -> Report:
 def report_table(means: dict[str, Report], unit: str) -> rich.table.Table:
     """Returns the figures of experiments side by side; lists are left to their pictures and to the JSON."""
     heads = [pathlib.Path(name).stem for name in means]
-    table = rich.table.Table(unit, *heads, title="means over seeds")
+    table = rich.table.Table(title="means over seeds")
+    table.add_column(unit, overflow="fold")  # a narrow terminal cuts no name and no figure off
+    for head in heads:
+        table.add_column(head, overflow="fold")
     names = dict.fromkeys(name for figures in means.values() for name in figures)
     for name in names:
         cells = [figures.get(name, "") for figures in means.values()]
