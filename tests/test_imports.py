@@ -20,7 +20,7 @@ ALLOWED = {
     "data": BASE | {"patches"},
     "parallel": BASE | {"models"},
     "training": BASE | {"data", "diffusion", "patches", "models", "parallel"},
-    "generation": BASE | {"data", "diffusion", "patches", "models", "parallel", "training"},
+    "generation": BASE | {"diffusion", "patches", "models", "parallel", "training"},
     "evaluation": BASE | {"diffusion", "patches", "models", "parallel"},
     "convert": BASE | {"models", "patches", "evaluation"},
 }

@@ -79,17 +79,10 @@ class ClassConditionalSetup:
 
     def sample_sheet(self, params: PyTree) -> np.ndarray:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
-        c, process = self.config.sample, self.config.process
-        latents = isinstance(self.config.data, LatentDataConfig)
+        c = self.config.sample
         if self._sampler is None:  # compiles once, and reads the autoencoder
-            self._sampler = ClassConditionalSampler(
-                self.config.model,
-                params,
-                LatentDecoder.from_pretrained(c.vae) if c.vae else None,
-                process.betas(),
-                process.prediction,
-                clip=None if latents else (-1.0, 1.0),
-            )
+            decode = LatentDecoder.from_pretrained(c.vae) if c.vae else None
+            self._sampler = ClassConditionalSampler.of_experiment(self.config, params, decode)
         self._sampler.params = params
         samples = self._sampler(
             np.repeat(c.labels, c.columns),
@@ -97,7 +90,6 @@ class ClassConditionalSetup:
             image_size=c.size,
             num_steps=c.num_steps,
             guidance_scale=c.guidance_scale,
-            guided_channels=3 if latents else None,
         )
         if samples.shape[-1] not in (1, 3):
             samples = samples[..., :3]

@@ -26,7 +26,6 @@ from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, NumpyArray, PyTree
 from sora_jax.config import MeshConfig
-from sora_jax.data.latents import LatentDataConfig
 from sora_jax.diffusion.gaussian import Levels, Prediction, discrete_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import (
@@ -47,7 +46,6 @@ from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.training.checkpoint import load_model
 from sora_jax.training.run_directory import read_keys
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
-from sora_jax.training.tasks.diffusion import GaussianConfig
 
 
 class LatentDecoder:
@@ -147,10 +145,11 @@ class ClassConditionalSampler:
                 another number of channels.
         """
         if "optimizer" in read_keys(path):
-            config, params = load_model(path, averaged, ClassConditionalConfig)
-            pixels, process, config = not isinstance(config.data, LatentDataConfig), config.process, config.model
+            experiment, params = load_model(path, averaged, ClassConditionalConfig)
+            config, pixels = experiment.model, experiment.makes_pixels
         else:
-            (config, params), pixels, process = load_dit(path), False, GaussianConfig()
+            experiment, pixels = None, False
+            config, params = load_dit(path)
         decode = None
         if vae is not None:
             if pixels:
@@ -161,8 +160,29 @@ class ClassConditionalSampler:
                     f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
                     f"{decode.config.latent_channels}."
                 )
-        clip = (-1.0, 1.0) if pixels else None
-        return cls(config, params, decode, process.betas(), process.prediction, clip, devices)
+        if experiment is None:
+            return cls(config, params, decode, devices=devices)
+        return cls.of_experiment(experiment, params, decode, devices)
+
+    @classmethod
+    def of_experiment(
+        cls,
+        config: ClassConditionalConfig,
+        params: PyTree,
+        decode: Callable[[Array], Array] | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> ClassConditionalSampler:
+        """Returns the sampler of what an experiment trains, on its process, pixels clipped to [-1, 1].
+
+        Args:
+            config: of the experiment.
+            params: of its model, unboxed.
+            decode: see the class.
+            devices: see the class.
+        """
+        clip = (-1.0, 1.0) if config.makes_pixels else None
+        process = config.process
+        return cls(config.model, params, decode, process.betas(), process.prediction, clip, devices)
 
     @property
     def num_levels(self) -> int:

@@ -44,6 +44,8 @@ def test_a_store_that_was_stopped_holds_what_another_does(tmp_path):
     store = SampleStore(tmp_path / "whole", MANIFEST, shard_size=4)
     done = []
     store.fill(whole, progress=done.append)
+    chosen = np.array([9, 0, 4, 5])
+    np.testing.assert_array_equal(store.read(chosen), Sampler()(chosen))
     assert whole.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]] and done == [4, 4, 3]
     with pytest.raises(KeyboardInterrupt):
         SampleStore(tmp_path / "stopped", MANIFEST, shard_size=4).fill(stopped)

@@ -103,6 +103,11 @@ class ClassConditionalConfig(ExperimentConfig):
         whole = all(side % size == 0 for side in self.sample.size)
         check(whole, self.sample, "size", f"multiples of the patch's {size}")
 
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether the model makes pixels, rather than latents that an autoencoder decodes."""
+        return not isinstance(self.data, LatentDataConfig)
+
     def _check_data(self) -> None:
         """Raises ValueError where the rows are not such that the model takes."""
         data, patch = self.data, self.model.patch_size
