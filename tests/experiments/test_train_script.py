@@ -66,6 +66,35 @@ def test_what_cannot_work_leaves_nothing_behind(script, capsys, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_every_config_that_comes_along_is_one(script):
+    names = script.config_names()
+    assert len(names) >= 30
+    for name in names:
+        script.load_config(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        ("vit_b_16", 86_567_656),
+        ("vit_l_16", 304_326_632),
+        ("vit_h_14", 632_045_800),
+        ("vivit_b_16x2_model1", 88_954_000),
+        ("vivit_b_16x2_model2", 115_062_928),
+        ("vivit_b_16x2_model3", 117_319_312),
+        ("vivit_b_16x2_model4", 88_952_464),
+        ("dit_s_2", 32_865_056),
+        ("dit_xl_2", 674_834_720),
+    ],
+)
+def test_dry_run_says_how_many_parameters_published_models_have(script, tmp_path, name, num_params):
+    assert script.main([name, "--dry-run", "--json", str(tmp_path / "plan.json")]) == 0
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["num_params"] == num_params and figures["forward_macs"] > 1e9
+    assert figures.get("num_table_params", 0) == {"dit_s_2": 98_304, "dit_xl_2": 294_912}.get(name, 0)
+
+
 def test_help_shows_examples(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])

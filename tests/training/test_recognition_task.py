@@ -229,7 +229,10 @@ def changed(config, **parts):
         (lambda: changed(VIT, test_sides=(0,)), "test_sides must be at least 1 each"),
         (lambda: changed(VIT, test_sides=(3,)), "test_sides must be multiples of the patch's 2"),
         (lambda: changed(VIVIT, test_sides=(4,)), r"test_sides must be \(\) for a ViViT"),
-        (lambda: changed(VIT, selection_split="unseen"), "selection_split must be another split than those"),
+        (
+            lambda: changed(VIT, selection_split="unseen", learning_rates=(1e-3,)),
+            "selection_split must be another split than those",
+        ),
         (
             lambda: changed(VIT, data={"text_length": 8, "max_caption_tokens": 2}),
             "text_length must be 0: a classifier reads no captions",

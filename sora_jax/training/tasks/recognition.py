@@ -60,7 +60,8 @@ class RecognitionConfig(StudyConfig):
         check(all(side >= 1 for side in self.test_sides), self, "test_sides", "at least 1 each")
         others = (self.data.split, *self.data.eval_splits)
         allowed = "another split than those that are trained on and scored"
-        check(self.selection_split not in others, self, "selection_split", allowed)
+        used = bool(self.learning_rates)
+        check(not used or self.selection_split not in others, self, "selection_split", allowed)
 
 
 @dataclasses.dataclass(frozen=True)
