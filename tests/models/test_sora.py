@@ -155,7 +155,7 @@ def test_known_patches_have_their_own_level():
     assert np.abs(known - unknown)[0, :14].max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_neither_parameters_nor_gradients(remat):
     model = SoraTransformer(dataclasses.replace(CONFIG, remat=remat), PATCH_DIM)
     assert jax.tree.structure(abstract_params(model)) == jax.tree.structure(abstract_params(MODELS["xla"]))

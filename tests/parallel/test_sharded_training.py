@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -10,28 +11,28 @@ import pytest
 SCRIPT = pathlib.Path(__file__).parent / "sharded_losses.py"
 
 
-@pytest.fixture(scope="module")
-def found(request):
-    """The losses of some kinds of runs; a process for each list of them."""
+@functools.cache
+def losses(kinds):
+    """The losses of some kinds of runs; a process for each tuple of them."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, *request.param], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, *kinds], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SOME, OTHERS = ["clips", "images"], ["packed images", "pairs"]
+SOME, OTHERS = ("clips", "images"), ("packed images", "pairs")
 
 
 @pytest.mark.parametrize(
-    ("found", "kind"),
+    ("kinds", "kind"),
     [(SOME, kind) for kind in SOME] + [pytest.param(OTHERS, kind, marks=pytest.mark.slow) for kind in OTHERS],
-    indirect=["found"],
     ids=[*SOME, *OTHERS],
 )
-def test_eight_devices_give_the_losses_of_one(found, kind):
+def test_eight_devices_give_the_losses_of_one(kinds, kind):
     """The batch is split over both axes of the mesh, the parameters over one of them."""
+    found = losses(kinds)
     assert found["devices"] == 8
     one, eight = found[kind]["one"], found[kind]["eight"]
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=2e-5)
