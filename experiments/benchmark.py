@@ -18,6 +18,7 @@ import sys
 
 import tyro
 from benchmarks import data, dit, packing, samplers, waste
+from setups.host_memory import keep_freed_memory
 
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -49,4 +50,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

@@ -33,6 +33,7 @@ from evaluations.classification import ClassifyOptions, classify
 from evaluations.fid import FidOptions, ReferenceOptions, fid, write_reference
 from evaluations.nearest import NearestOptions, nearest
 from evaluations.sampling import SampleOptions, SweepOptions, sample, sweep
+from setups.host_memory import keep_freed_memory
 
 COMMANDS = {
     "classify": (ClassifyOptions, classify),
@@ -46,6 +47,7 @@ COMMANDS = {
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    keep_freed_memory()
     try:
         kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
         command = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)

@@ -34,6 +34,7 @@ import rich.console
 import rich.table
 import tyro
 from etils import epath
+from setups.host_memory import keep_freed_memory
 from setups.sora import SoraSetup
 
 from sora_jax.config import ExperimentConfig, PackedDataConfig, SoraConfig, StudyConfig
@@ -358,4 +359,5 @@ def train_one(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -184,8 +184,8 @@ class DiT(nn.Module):
             context = Context(segment_ids=segment_ids, text=tokens, text_segment_ids=token_ids)
         modulation = "zero_projection" if c.conditioning == "adaln_zero" else "projection"
         blocks = scanned_blocks(
-            self._sublayers(), depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat, name="blocks",
-            modulation=modulation,
+            self._sublayers(num_segments > 1), depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat,
+            name="blocks", modulation=modulation,
         )  # fmt: skip
         x = blocks(x, context)[0][:, :length]
 
@@ -254,13 +254,13 @@ class DiT(nn.Module):
         labels = jnp.where(labels < 0, c.num_classes, labels)
         return time, jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
-    def _sublayers(self) -> tuple[Sublayer, ...]:
-        """Returns the sublayers of a block."""
+    def _sublayers(self, packed: bool) -> tuple[Sublayer, ...]:
+        """Returns the sublayers of a block; `packed` is whether rows hold several images."""
         c = self.config
         adaptive = c.conditioning in ("adaln", "adaln_zero")
         options = dict(affine=not adaptive, modulated=adaptive, gated=c.conditioning == "adaln_zero")
         heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, qk_norm="none")
-        kernel = self.attention_fn or attention_kernel(c.attention)
+        kernel = self.attention_fn or attention_kernel(c.attention, packed)
         mixers = {"self_attention": functools.partial(SelfAttention, **heads, attention=kernel, fused_init=True)}
         if c.conditioning == "cross_attention":
             # Two keys an image: no block of them is worth skipping, and a kernel built for a mesh takes only long rows.
