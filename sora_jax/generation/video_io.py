@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -121,7 +122,7 @@ def check_writable(option: str, path: str | epath.PathLike, directory: bool = Fa
 def contact_sheet(
     clips: Sequence[Sequence[np.ndarray]], captions: Sequence[str], columns: int = 8, cell: int = 96
 ) -> np.ndarray:
-    """Draws clips as rows of frames, captions above.
+    """Draws clips as rows of frames, captions above; images alone, if their captions are short, stand side by side.
 
     Args:
         clips: (T, H, W, 3) uint8 each, or lists of (H, W, 3) frames; a clip of more frames than `columns` shows evenly
@@ -131,7 +132,7 @@ def contact_sheet(
         cell: side of the square that a frame is enlarged or made smaller to fit in, in pixels; the aspect is kept.
 
     Returns:
-        (height, width, 3) uint8: a white sheet of `len(clips) * (cell + caption + margin)` by
+        (height, width, 3) uint8: a white sheet of `rows * (cell + caption + margin)` by
         `columns used * (cell + margin)`, up to margins.
 
     Raises:
@@ -147,16 +148,20 @@ def contact_sheet(
         indices = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
         shown.append([_fit(clip[i], cell) for i in indices])
     line = FONT_SIZE + MARGIN
+    captions = [" ".join(caption.split()) for caption in captions]
+    images = max(map(len, shown)) == 1 < len(shown) and max(map(font.getlength, captions)) <= cell
     # One short clip must still leave room for its caption.
-    across = max(max(map(len, shown)), min(columns, 2))
-    width, row_height = MARGIN + across * (cell + MARGIN), line + cell + MARGIN
-    sheet = Image.new("RGB", (width, MARGIN + len(clips) * row_height), "white")
+    across = 1 if images else max(max(map(len, shown)), min(columns, 2))
+    side_by_side = min(columns, len(shown)) if images else 1
+    step_x, step_y = across * (cell + MARGIN), line + cell + MARGIN
+    size = (MARGIN + side_by_side * step_x, MARGIN + math.ceil(len(shown) / side_by_side) * step_y)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for index, (caption, frames) in enumerate(zip(captions, shown, strict=True)):
-        top = MARGIN + index * row_height
-        draw.text((MARGIN, top), _shorten(caption, draw, font, width - 2 * MARGIN), fill="black", font=font)
+        left, top = MARGIN + index % side_by_side * step_x, MARGIN + index // side_by_side * step_y
+        draw.text((left, top), _shorten(caption, draw, font, step_x - MARGIN), fill="black", font=font)
         for column, frame in enumerate(frames):
-            sheet.paste(frame, (MARGIN + column * (cell + MARGIN), top + line))
+            sheet.paste(frame, (left + column * (cell + MARGIN), top + line))
     return np.asarray(sheet)
 
 
@@ -169,8 +174,7 @@ def _fit(frame: np.ndarray, cell: int) -> Image.Image:
 
 
 def _shorten(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
-    """Returns `text` on one line, cut with dots where it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    """Returns `text`, one line, cut with dots where it is wider than `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "...", font=font) > width:

@@ -90,7 +90,7 @@ def test_preprocessing_keeps_colours_and_their_order():
 @pytest.mark.parametrize("size", (224, 97))
 def test_parity_with_pytorch(state, size, tmp_path):
     """An independent statement of the network in PyTorch, norms unfolded, from a file that torch.save wrote."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the reference is in PyTorch: pip install .[parity]")
     functional = torch.nn.functional
     weights = {name: torch.from_numpy(value) for name, value in state.items()}
 

@@ -113,6 +113,18 @@ def test_sheet_has_a_row_a_clip_and_frames_across():
         assert (sheet[4 + row * 54 :][:18] < 128).any(), "a caption is drawn"
 
 
+def test_images_with_short_captions_stand_side_by_side():
+    images = [coloured(1, 8, 8) + np.uint8(20 * i) for i in range(5)]
+    sheet = contact_sheet(images, [f"n {i}" for i in range(5)], columns=3, cell=32)
+    assert sheet.shape == (4 + 2 * 54, 4 + 3 * 36, 3)
+    for i, image in enumerate(images):
+        cell = sheet[4 + i // 3 * 54 :, 4 + i % 3 * 36 :][: 18 + 32, :32]
+        assert (cell[18:] == image[0][0, 0]).all() and (cell[:18] < 128).any()
+    assert (sheet[58:, 76:] == 255).all()
+    below = contact_sheet(images, ["a caption\nof more than one cell"] * 5, columns=3, cell=32)
+    assert below.shape == (4 + 5 * 54, 4 + 2 * 36, 3)
+
+
 def test_a_long_caption_is_cut_to_the_sheet():
     short = contact_sheet([coloured(2, 8, 8)], ["x"], cell=32)
     long = contact_sheet([coloured(2, 8, 8)], ["a very long caption\nthat does not fit " * 5], cell=32)
