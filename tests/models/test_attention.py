@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.models.attention import attention_kernel, xla_attention
+from sora_jax.models import attention
+from sora_jax.models.attention import attention_kernel, whole_row_attention, xla_attention
 from sora_jax.models.blockwise_attention import blockwise_attention
 
 QUERY_IDS = np.repeat([[1, 2, 3, 4, 0, 5], [2, 0, 1, 1, 3, 3]], 50, axis=1)
@@ -59,7 +60,21 @@ def test_blockwise_stays_finite_with_huge_scores():
     np.testing.assert_allclose(out, numpy_attention(100 * q, 100 * k, v, QUERY_IDS, KEY_IDS), atol=2e-3)
 
 
-def test_names():
+@pytest.mark.parametrize("most", [149, 150])
+def test_whole_rows_take_no_matrix_that_is_too_large(monkeypatch, most):
+    monkeypatch.setattr(attention, "DENSE_KEYS", most)
+    jaxpr = str(jax.make_jaxpr(lambda *qkv: whole_row_attention(*qkv, QUERY_IDS, KEY_IDS))(*inputs()))
+    assert ("f32[2,2,300,150]" in jaxpr) == (most >= 150)
+    out = whole_row_attention(*inputs(), QUERY_IDS, KEY_IDS)
+    np.testing.assert_allclose(out, numpy_attention(*inputs(), QUERY_IDS, KEY_IDS), atol=2e-6)
+
+
+def test_names(monkeypatch):
     assert attention_kernel("xla") is xla_attention
+    assert attention_kernel("xla", packed=False) is xla_attention
+    assert attention_kernel("auto") is blockwise_attention
+    assert attention_kernel("auto", packed=False) is whole_row_attention
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention_kernel("auto") is attention_kernel("auto", packed=False) is xla_attention
     with pytest.raises(ValueError, match="splash is built for a mesh"):
         attention_kernel("splash")
