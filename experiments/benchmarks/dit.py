@@ -36,14 +36,12 @@ from train import config_names, load_config
 from benchmarks.training_step import device_name
 from sora_jax.array_types import NumpyArray, PackedBatch, PyTree
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
-from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.latents import LatentDataConfig, image_rows
 from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.models.weights import flat_names
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.patches.patchify import grid_shape, patchify
-from sora_jax.patches.positions import grid_positions
-from sora_jax.patches.rows import Segment, fill_row, stack_rows
+from sora_jax.patches.patchify import patchify
 from sora_jax.training.flops import count_flops
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import state_from_params, state_shardings
@@ -290,7 +288,9 @@ def training(model: DiTConfig, options: DiTOptions, device: torch.device, compil
     network = torch.compile(theirs) if compiled else theirs
     trainer = torch_dit.TorchTraining(theirs, network, OPTIMIZER, dtype, task.config.class_dropout)
     inputs = draw_inputs(model, options)
-    batch, noise = rows_of_images(inputs, task.config.patch)
+    patch = task.config.patch
+    batch = image_rows(inputs.x, inputs.labels, patch)
+    noise = np.stack([patchify(noise[None], patch.size) for noise in inputs.noise])
 
     their_x, their_noise = (torch_dit.to_torch(a, device) for a in (inputs.x, inputs.noise))
     their_steps, their_labels = (torch_dit.to_torch(a, device).long() for a in (inputs.steps, inputs.labels))
@@ -332,19 +332,6 @@ def training_config(model: DiTConfig, options: DiTOptions) -> ClassConditionalCo
         optimizer=OPTIMIZER,
         sample=ClassSampleConfig(labels=(0,), size=model.image_size),
     )
-
-
-def rows_of_images(inputs: Inputs, patch: PatchConfig) -> tuple[PackedBatch, NumpyArray]:
-    """Returns the images as packed rows of one image each, and their noise as patches."""
-    height, width = inputs.x.shape[1:3]
-    positions = grid_positions(grid_shape(1, height, width, patch.size), 1.0, patch)
-    text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
-    budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
-    rows = [
-        fill_row([Segment(patchify(x[None], patch.size), positions, text, known, i, int(label))], **budgets)
-        for i, (x, label) in enumerate(zip(inputs.x, inputs.labels, strict=True))
-    ]
-    return stack_rows(rows), np.stack([patchify(noise[None], patch.size) for noise in inputs.noise])
 
 
 def our_gradient(

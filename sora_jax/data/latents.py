@@ -279,17 +279,24 @@ class LatentRows(LatentBatches):
         if channels != patch.channels or height % patch.size[1] or width % patch.size[2]:
             given = f"size {patch.size} and {patch.channels} channels"
             raise ValueError(f"patch must cut latents of {source.shape} (h, w, c), got {given}.")
-        self._patch, self._grid = patch, grid_shape(1, height, width, patch.size)
+        self._patch = patch
 
     def make(self, index: int) -> PackedBatch:
         """Returns this host's rows of a batch by its number."""
-        batch, patch = super().make(index), self._patch
-        positions = grid_positions(self._grid, 1.0, patch)
-        text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
-        budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
-        return stack_rows(
-            [
-                fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
-                for x, label in zip(batch.latents, batch.labels, strict=True)
-            ]
-        )
+        batch = super().make(index)
+        return image_rows(batch.latents, batch.labels, self._patch)
+
+
+def image_rows(
+    images: Float[np.ndarray, "batch height width channels"], labels: Int[np.ndarray, " batch"], patch: PatchConfig
+) -> PackedBatch:
+    """Returns equal images (of latents or pixels), whole patches of each, as packed rows of one image each."""
+    positions = grid_positions(grid_shape(1, *images.shape[1:3], patch.size), 1.0, patch)
+    text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
+    budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
+    return stack_rows(
+        [
+            fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
+            for x, label in zip(images, labels, strict=True)
+        ]
+    )
