@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -104,6 +105,20 @@ def test_a_broken_archive_is_named(script, packages, tmp_path, capsys):
         (broken / archive.name).write_bytes(archive.read_bytes()[:2000])
     assert script.main(emoji_command(tmp_path / "out", "--packages", str(broken))) == 1
     assert "anim-1-1.0.0.tgz cannot be unpacked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("package/../../x", tarfile.REGTYPE), ("/x", tarfile.REGTYPE), ("x", tarfile.SYMTYPE)]
+)
+def test_an_archive_that_reaches_out_of_its_directory_is_refused(script, packages, tmp_path, capsys, name, kind):
+    evil = tmp_path / "evil"
+    shutil.copytree(packages, evil)
+    with tarfile.open(next(evil.glob("*anim-1-*")), "w:gz") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/hosts"
+        tar.addfile(info)
+    assert script.main(emoji_command(tmp_path / "out", "--packages", str(evil))) == 1
+    assert f"cannot be unpacked: {name!r} is no file inside of it" in capsys.readouterr().err
 
 
 FAKE_NPM = """#!/bin/sh

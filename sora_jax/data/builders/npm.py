@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import shutil
 import subprocess
 import tarfile
@@ -147,8 +148,13 @@ def _unpack(archive: epath.Path, target: epath.Path) -> epath.Path:
         temporary.mkdir(parents=True)
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+                for member in tar:
+                    path = pathlib.PurePosixPath(member.name)
+                    if not (member.isfile() or member.isdir()) or path.is_absolute() or ".." in path.parts:
+                        raise ValueError(f"{member.name!r} is no file inside of it")
+                    tar.extract(member, temporary)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise ValueError(f"packages: {archive} cannot be unpacked: {error}") from error
         temporary.replace(target)
     return target / "package"
