@@ -4,7 +4,8 @@
 
 Masks come from segment ids only. A query of segment 0 (padding), or whose segment has no key, yields zeros.
 `xla` is the reference. `blockwise` computes the same without the (L, L) matrix and skips the key blocks that hold
-none of a query block's segments, which is what makes long rows cheap where no fused kernel exists (CPU).
+none of a query block's segments, which is what makes packed rows cheap where no fused kernel exists (CPU). Where a row
+is one segment there is nothing to skip, and `whole_row` takes the dense matrix while it is small.
 `splash` (TPU) needs a mesh, is built in `sora_jax.parallel` and handed to the model.
 """
 

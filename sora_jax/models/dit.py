@@ -75,7 +75,8 @@ class DiTConfig:
         norm_eps: epsilon of every norm.
         dtype: of the computation; parameters, norms, softmax, conditioning and output stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: kernel; `auto` picks by platform (see `sora_jax.models.attention`).
+        attention: kernel; `auto` picks by platform and by whether rows hold several images (see
+            `sora_jax.models.attention`).
     """
 
     image_size: tuple[int, int] = (32, 32)
