@@ -18,7 +18,8 @@ from PIL import Image
 
 from sora_jax.data.builders import clip_dataset, fluent_emoji, folder, parts
 from sora_jax.data.builders.parts import ClipTask, Encoding
-from sora_jax.data.decode import UnreadableClipError, decode_animation, decode_frames
+from sora_jax.data.decode import UnreadableClipError, decode_frames
+from sora_jax.data.pictures import decode_animation
 from sora_jax.data.sources import open_source
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "fluent_emoji"

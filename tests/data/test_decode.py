@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.data.decode import (
-    STILL_FPS,
-    UnreadableClipError,
-    constant_rate,
-    decode_animation,
-    decode_frames,
-    decode_video,
-)
+from sora_jax.data.decode import STILL_FPS, UnreadableClipError, constant_rate, decode_frames
+from sora_jax.data.pictures import decode_animation
+from sora_jax.data.videos import decode_video
 
 
 def encode(array, kind="PNG", **options):

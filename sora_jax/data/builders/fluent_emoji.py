@@ -23,7 +23,8 @@ from PIL import Image
 
 from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
-from sora_jax.data.decode import WHITE, UnreadableClipError, decode_animation
+from sora_jax.data.decode import WHITE, UnreadableClipError
+from sora_jax.data.pictures import decode_animation
 from sora_jax.data.records import ClipRecord
 
 PACKAGES = {f"@lobehub/fluent-emoji-anim-{i}": "1.0.0" for i in range(1, 5)}

@@ -21,8 +21,10 @@ from etils import epath
 
 from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
-from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten, iterate_animation, iterate_video
+from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten
+from sora_jax.data.pictures import iterate_animation
 from sora_jax.data.records import ClipRecord, label_words, picture_size
+from sora_jax.data.videos import iterate_video
 
 MANIFEST = "captions.jsonl"
 PICTURES = (".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
