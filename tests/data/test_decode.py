@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.data.decode import STILL_FPS, UnreadableClipError, constant_rate, decode_frames
+from sora_jax.data.decode import STILL_FPS, UnreadableClipError, decode_frames
 from sora_jax.data.pictures import decode_animation
 from sora_jax.data.videos import decode_video
 
@@ -91,21 +91,6 @@ def test_a_broken_frame_is_named():
         decode_frames([good, good[:40]], 8, 8)
     with pytest.raises(ValueError, match="0 x 8"):
         decode_frames([good], 0, 8)
-
-
-@pytest.mark.parametrize(
-    ("durations", "indices", "fps"),
-    [
-        ([40, 40, 40], [0, 1, 2], 25.0),
-        ([42, 42, 42, 252, 42], [0, 1, 2, 3, 3, 3, 3, 3, 3, 4], 1000 / 42),
-        ([100, 100, 50, 50], [0, 1, 1, 3], 1000 / 75),
-        ([100], [0], STILL_FPS),
-    ],
-)
-def test_a_constant_rate_shows_each_frame_at_its_time(durations, indices, fps):
-    found, rate = constant_rate(durations)
-    assert found == indices
-    assert rate == pytest.approx(fps)
 
 
 def test_an_animation_keeps_alpha_and_timing(tmp_path):
