@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.data.decode import WHITE, UnreadableClipError, flatten
+from sora_jax.data.decode import UnreadableClipError, flatten
 
 REFERENCE_WHITE = 203.0
 """Luminance of white in HDR video, in cd/m2 (ITU-R BT.2408)."""
@@ -88,30 +88,44 @@ def to_picture(frame: Any, note: Callable[[str], None]) -> Image.Image:
         return flatten(Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **options)))
     kind = _HDR[transfer] if transfer in _HDR else _WIDE[primaries][0]
     note(f"converted from {kind} to sRGB")
-    codes = frame.to_ndarray(format="rgba64le" if alpha else "rgb48le", **options)
-    rgb = np.empty((*codes.shape[:2], 3), np.uint8)
+    codes = frame.to_ndarray(format="rgba64le", **options)
+    rgb, peak = np.empty((*codes.shape[:2], 3), np.uint8), _peak(frame)
     for row in range(0, len(codes), 64):  # in bands: a frame in floating point is large
-        band = codes[row : row + 64]
-        rgb[row : row + 64] = to_srgb(band[..., :3], transfer, primaries)
+        rgb[row : row + 64] = to_srgb(codes[row : row + 64, :, :3], transfer, primaries, peak)
     picture = Image.fromarray(rgb)
-    if not alpha:
-        return picture
-    canvas = Image.new("RGB", picture.size, WHITE)
-    canvas.paste(picture, mask=Image.fromarray((codes[..., 3] // 257).astype(np.uint8)))
-    return canvas
+    if alpha:
+        opaque = _full_scale(frame.format.components[-1].bits)
+        picture.putalpha(Image.fromarray((np.minimum(codes[..., 3] / opaque, 1) * 255 + 0.5).astype(np.uint8)))
+    return flatten(picture)
 
 
-def to_srgb(codes: NumpyArray, transfer: int, primaries: int) -> NumpyArray:
+def _peak(frame: Any) -> int:
+    """Returns the 16-bit code that swscale gives the value 1: it shifts the bits of most formats up."""
+    bits = frame.format.components[0].bits
+    if frame.format.is_rgb:
+        return _CODES if bits > 8 else _full_scale(8)
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    return _full_scale(bits if full else 8)
+
+
+def _full_scale(bits: int) -> int:
+    """Returns the largest value of so many bits, shifted up to 16."""
+    return ((1 << bits) - 1) << (16 - bits)
+
+
+def to_srgb(codes: NumpyArray, transfer: int, primaries: int, peak: int = 65535) -> NumpyArray:
     """Converts the colours of a video to sRGB; the module's docstring gives the equations.
 
     Args:
-        codes: (..., 3) uint16, R'G'B' at full range, 65535 being 1.
-        transfer, primaries: codes of ISO/IEC 23091-2.
+        codes: (..., 3) uint16, R'G'B' at full range.
+        transfer: code of ISO/IEC 23091-2.
+        primaries: code of ISO/IEC 23091-2.
+        peak: the code that stands for 1.
 
     Returns:
         (..., 3) uint8.
     """
-    light = _light(transfer)[codes]
+    light = _light(transfer, peak)[codes]
     if transfer == ColorTrc.ARIB_STD_B67:
         light *= np.maximum(light @ _LUMINANCE_2020, 1e-6)[..., None] ** np.float32(0.2)
         light *= np.float32(1000 / REFERENCE_WHITE)
@@ -121,9 +135,9 @@ def to_srgb(codes: NumpyArray, transfer: int, primaries: int) -> NumpyArray:
 
 
 @functools.lru_cache
-def _light(transfer: int) -> NumpyArray:
+def _light(transfer: int, peak: int) -> NumpyArray:
     """Returns the light of every 16-bit code, (65536,) float32: 1 is white (HLG: of the scene, 1 is the brightest)."""
-    value = np.arange(_CODES + 1) / _CODES
+    value = np.minimum(np.arange(_CODES + 1) / peak, 1)
     if transfer == ColorTrc.SMPTE2084:
         power = value ** (32 / 2523)
         light = (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (16384 / 2610)

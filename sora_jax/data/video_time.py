@@ -1,8 +1,8 @@
 """When the pictures of a video are shown: read from its packets, which costs a fraction of decoding them.
 
-Every packet has a time of its own. The *rate* is that of the video's motion, not the average over its pauses
-(`frame_rate`); the `Clock` lays decoded frames out at that rate, holding one over a pause. A corrupt timestamp cannot
-ask for more than a multiple of the pictures that a file holds, and a file that ends before what it declares is refused.
+Every packet has a time of its own. A video of a constant rate keeps it; another gets the rate that `constant_rate`
+finds for its pictures, and `lay_out` holds a picture over a pause. A corrupt timestamp cannot ask for more than a
+multiple of the pictures that a file holds, and a file that ends before what it declares is refused.
 """
 
 from __future__ import annotations
@@ -11,26 +11,17 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sora_jax.data.decode import STILL_FPS, UnreadableClipError
+from sora_jax.data.decode import LEAST_FRAMES, MOST_COPIES, STILL_FPS, UnreadableClipError, constant_rate
 
 FASTEST_FPS = 1000.0
 """Pictures that follow each other faster than this have damaged timestamps."""
 
-MOST_COPIES = 1000
-"""Frames that a video may ask for, on average, for each picture it holds, where its header gives such a length."""
-
-MOST_UNVOUCHED_COPIES = 100
-"""The same where no header gives a length."""
-
-_NEAR = 0.25  # intervals that differ by less than this share are alike
 _SLIGHT = 0.01  # rates that differ by less than this share are the same
-_BURST_SHARE = 0.05  # of the intervals must be as short as a burst's for the rate to follow it
-_FASTEST_BURST = 1 / 125  # seconds; shorter intervals among longer ones are jitter, not motion
 _LEAST_SHARE = 0.9  # a video that ends before this share of what its header promises is truncated
 _MOST_OVER = 1.1, 1.0  # share and seconds that the packets may go beyond the length in the header
 
@@ -74,14 +65,12 @@ class Schedule:
         timed: the frames have times of their own; else they follow each other at `fps`.
         num_pictures: packets, each of which holds a picture at most.
         end: time in seconds until which the last picture stands by the header, None where it says nothing reliable.
-        most_frames: bound of the result.
     """
 
     fps: float
     timed: bool
     num_pictures: int
-    end: float | None
-    most_frames: int
+    end: float | None = None
 
 
 def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
@@ -89,7 +78,8 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
 
     Args:
         path: of the file.
-        container, stream: of PyAV, after all packets were read.
+        container: of PyAV, after all packets were read.
+        stream: of the container.
         packets: of the stream.
 
     Returns:
@@ -103,122 +93,114 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
         raise UnreadableClipError("holds no frame")
     kind = container.format.name.split(",")[0]
     whole = _is_whole(path, kind, stream, count)
-    times = _times(packets)
     if count == 1:
-        return Schedule(STILL_FPS, True, 1, None, 1)
+        return Schedule(STILL_FPS, True, 1)
+    times = _times(packets)
+    promised, longest = _promised_ends(container, stream) if kind in _WITH_LENGTH else (None, None)
+    last, duration = packets.last if times else (0.0, 0.0)
+    if whole and promised is not None:
+        duration = max(duration, promised - last)
     nominal = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
-    fps = frame_rate(times, nominal)
+    fps = frame_rate(times, duration, nominal)
     if fps > FASTEST_FPS * (1 + _SLIGHT):
         raise UnreadableClipError(f"has damaged timestamps: {fps:g} pictures a second")
     if not times:
-        return Schedule(fps, False, count, None, MOST_UNVOUCHED_COPIES * count)
-    natural = packets.last[0] + max(packets.last[1], 1 / fps) if math.isfinite(packets.last[0]) else times[-1][-1]
-    promised, longest = _promised_ends(container, stream) if kind in _WITH_LENGTH else (None, None)
-    if longest is not None and natural > _MOST_OVER[0] * longest + _MOST_OVER[1]:
+        return Schedule(fps, False, count)
+    end, start = last + max(packets.last[1], 1 / fps), min(stretch[0] for stretch in times)
+    if longest is not None and end > _MOST_OVER[0] * longest + _MOST_OVER[1]:
         raise UnreadableClipError(
-            f"has damaged timestamps: they run to {natural:.2f} seconds, the header says {longest:.2f}"
+            f"has damaged timestamps: they run to {end:.2f} seconds, the header says {longest:.2f}"
         )
-    start = min(segment[0] for segment in times)
-    if promised is not None and not whole and natural - start < _LEAST_SHARE * (promised - max(start, 0.0)):
-        raise UnreadableClipError(f"is truncated: {natural - start:.2f} of {promised:.2f} seconds are there")
-    most = (MOST_UNVOUCHED_COPIES if longest is None else MOST_COPIES) * count
-    return Schedule(fps, True, count, promised if whole else None, most)
+    if promised is not None and not whole and end - start < _LEAST_SHARE * (promised - max(start, 0.0)):
+        raise UnreadableClipError(f"is truncated: {end - start:.2f} of {promised:.2f} seconds are there")
+    return Schedule(fps, True, count, promised if whole else None)
 
 
-def frame_rate(times: Sequence[Sequence[float]], nominal: Sequence[float]) -> float:
-    """Returns the rate of a video's motion in frames a second.
+def frame_rate(times: Sequence[Sequence[float]], duration: float, nominal: Sequence[float]) -> float:
+    """Returns the rate that a video is laid out at, in frames a second.
 
-    A constant-rate video keeps the rate that its file gives. Else the rate is that of its regular intervals (those like
-    the one before or after them): of the median one, or, where at least 5% of them are less than half as long, of
-    these, so that a burst of pictures between stills is kept. Pauses and single jittery intervals do not count. Where
-    this comes within 1% of a rate that the file gives, it is that.
+    A constant-rate video keeps the rate that its file gives. Else it is that of `constant_rate`, or the rate that the
+    file gives where this comes within 1% of it.
 
     Args:
         times: ascending times in seconds, one list for each stretch in which they run on; empty: there are none.
+        duration: of the last picture in seconds, 0 where unknown.
         nominal: the average rate and the rate that the file gives, as far as there are any, in frames a second.
 
     Raises:
-        UnreadableClipError: there is neither.
+        UnreadableClipError: there is no rate, or the times are too uneven for one.
     """
     for rate in nominal:
-        if times and all(_is_constant(segment, rate) for segment in times):
+        if all(_is_constant(stretch, rate) for stretch in times):
             return rate
-    intervals = np.concatenate([np.diff(np.asarray(segment, np.float64)) for segment in times] or [np.zeros(0)])
-    intervals = intervals[intervals > 0]
-    if not intervals.size:
-        if not nominal:
-            raise UnreadableClipError("gives no frame rate")
-        return nominal[0]
-    alike = np.abs(np.diff(intervals)) <= _NEAR * np.minimum(intervals[1:], intervals[:-1])
-    regular = intervals[np.append(alike, False) | np.append(False, alike)]
-    if not regular.size:
-        regular = np.array([np.mean(intervals) if intervals.size > 2 else np.min(intervals)])
-    middle = float(np.median(regular))
-    bursts = np.sort(regular)[int(_BURST_SHARE * (regular.size - 1)) :]
-    bursts = bursts[(bursts < middle / 2) & (bursts >= _FASTEST_BURST)]
-    step = float(bursts[0]) if bursts.size else middle
-    near = regular[np.abs(regular - step) <= _NEAR * step]
-    fitted = 1 / float(np.mean(near))
-    return next((rate for rate in nominal if abs(rate / fitted - 1) < _SLIGHT), fitted)
+    intervals = [interval for stretch in times for interval in np.diff(stretch).tolist()]
+    if not intervals:
+        raise UnreadableClipError("gives no frame rate")
+    last = duration or float(np.median(intervals))
+    _, found = constant_rate([1000 * seconds for seconds in (*intervals, last)])
+    return next((rate for rate in nominal if abs(rate / found - 1) < _SLIGHT), found)
 
 
-class Clock:
-    """Gives each decoded frame the first interval of 1 / fps in which it is shown.
+_Picture = TypeVar("_Picture")
 
-    At time i / fps stands the last frame shown by then, with half a frame's tolerance for rounding. The first interval
-    belongs to the first picture. Frames without a time, and those whose time runs backwards, follow the one before.
+
+def lay_out(frames: Iterable[tuple[float | None, float, _Picture]], schedule: Schedule) -> Iterator[_Picture]:
+    """Yields the picture shown at each i / fps, holding two of them at a time.
+
+    As in `constant_rate`, each picture has the nearest instant to its time that is free, and is lost where it would
+    have been replaced by then; the first instant is the first picture's. Pictures without a time, and those whose time
+    runs backwards, follow the one before at the rate. The last one stands as long as the file says.
+
+    Args:
+        frames: the time and the duration (0 where unknown) of each picture in seconds, and the picture.
+        schedule: of the video.
+
+    Raises:
+        UnreadableClipError: the times ask for more frames than `constant_rate` allows, or there is no picture.
     """
+    fps, step, most = schedule.fps, 1 / schedule.fps, max(LEAST_FRAMES, MOST_COPIES * schedule.num_pictures)
+    shown, begun, waiting = None, 0, None  # the picture that stands from instant `begun` on, and the one after it
+    start = now = shift = lasts = 0.0
 
-    def __init__(self, schedule: Schedule):
-        self._schedule = schedule
-        self._start: float | None = None
-        self._shift = 0.0  # what is added to times that run backwards
-        self._now = 0.0
-        self._duration = 0.0
-        self._slot = 0
-
-    def place(self, time: float | None, duration: float) -> int:
-        """Returns the interval at which a frame begins.
-
-        Args:
-            time: when it is shown, in seconds; None: not known.
-            duration: how long, in seconds; 0: not known.
-
-        Raises:
-            UnreadableClipError: the time is absurd.
-        """
-        step = 1 / self._schedule.fps
-        time = None if time is None or not self._schedule.timed else time + self._shift
-        if self._start is None:
-            self._start = self._now = 0.0 if time is None else time
-        else:
-            if time is None or time < self._now - step / 2:
-                self._shift += 0.0 if time is None else self._now + step - time
-                time = self._now + step
-            self._now = max(self._now, time)
-            self._slot = self._bounded(max(1, self._slot, round((self._now - self._start) * self._schedule.fps)))
-        self._duration = duration
-        return self._slot
-
-    def end(self) -> int:
-        """Returns the number of intervals of the whole video: its last picture stands as long as the file says."""
-        schedule, natural = self._schedule, self._slot + 1
-        if schedule.num_pictures == 1 or self._start is None:
-            return natural
-        lasts = (self._now + self._duration - self._start) * schedule.fps
-        natural = max(natural, math.ceil(lasts - 0.5 - 1e-6))
-        if schedule.end is not None and not self._shift:
-            promised = round((schedule.end - self._start) * schedule.fps)
-            natural = promised if promised >= natural + 2 else natural  # less is rounding
-        return self._bounded(natural)
-
-    def _bounded(self, slot: int) -> int:
-        if slot > self._schedule.most_frames:
+    def bounded(instant: int) -> int:
+        if instant > most:
             raise UnreadableClipError(
-                f"has damaged timestamps: they ask for {slot} frames at {self._schedule.fps:.4g} a second "
-                f"from {self._schedule.num_pictures} pictures"
+                f"has damaged timestamps: at {fps:.4g} frames a second its {schedule.num_pictures} pictures are more "
+                f"than {most} frames"
             )
-        return slot
+        return instant
+
+    def settle(until: float) -> Iterator[_Picture]:
+        """Lets the waiting picture stand, unless another replaces it by then; yields the one before it."""
+        nonlocal shown, begun
+        if waiting is not None:
+            instant = bounded(max(begun + 1, int((waiting[0] - start) * fps + 0.5)))
+            if instant < (until - start) * fps:
+                yield from itertools.repeat(shown, instant - begun)
+                shown, begun = waiting[1], instant
+
+    for time, duration, picture in frames:
+        time = None if time is None or not schedule.timed else time + shift
+        if shown is None:
+            start = now = 0.0 if time is None else time
+            shown = picture
+        else:
+            if time is not None and time < now - step / 2:
+                shift += now + step - time
+                time = None
+            now = now + step if time is None else max(now, time)
+            yield from settle(now)
+            waiting = now, picture
+        lasts = duration
+    if shown is None:
+        raise UnreadableClipError("holds no frame")
+    end = now + max(lasts, step)
+    if schedule.end is not None and not shift and (schedule.end - end) * fps >= 1.5:  # less is rounding
+        end = schedule.end
+    yield from settle(end)
+    # Half a frame more, as pulled-down film has, is no other frame.
+    count = begun + 1 if schedule.num_pictures == 1 else max(begun + 1, int((end - start) * fps + 0.5 - 1e-6))
+    yield from itertools.repeat(shown, bounded(count) - begun)
 
 
 def _times(packets: Packets) -> list[list[float]]:

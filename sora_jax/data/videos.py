@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from PIL import Image
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.video_color import to_picture
-from sora_jax.data.video_time import Clock, Packets, Schedule, plan
+from sora_jax.data.video_time import Packets, Schedule, lay_out, plan
 
 Interlaced = Literal["deinterlace", "keep", "skip"]
 """What is done with interlaced video."""
@@ -53,18 +54,17 @@ def iterate_video(
     The video is the stream that is neither a cover, nor thumbnails or metadata, by its disposition. Among several it is
     one of more than a single picture, then one marked as default, then the largest, then the first.
 
-    Frames are laid out at a constant rate, that of the video's motion (`video_time.frame_rate`): at time i / fps stands
-    the last frame shown by then, so pauses keep their length; the first frame is the first picture, and the last
-    picture stands as long as the file says. A video of a single picture is a still. Colours become sRGB, transparent
-    pixels white (`video_color`). Non-square pixels are made square by widening, and then the quarter turns and mirrors
-    of the file's display matrix are applied.
+    Frames are laid out at a constant rate, that of the video's motion: pauses keep their length, the first frame is the
+    first picture, and the last picture stands as long as the file says (`video_time`). A video of a single picture is
+    a still. Colours become sRGB, and transparent pixels white (`video_color`). Non-square pixels are made square by
+    widening, and then the quarter turns and mirrors of the file's display matrix are applied.
 
     Args:
         path: a file of any container and codec that PyAV reads.
-        interlaced: interlaced frames become whole pictures at the same rate (bwdif), stay as they are, or have the file
-            left out.
-        note: called, perhaps more than once, with what was done to the pictures: a conversion of colours, "deinterlaced"
-            or "interlaced, kept so".
+        interlaced: interlaced frames become whole pictures at the same rate (by FFmpeg's bwdif), stay as they are, or
+            have the file refused.
+        note: called, perhaps more than once, with what was done to the pictures: a conversion of colours,
+            "deinterlaced" or "interlaced, kept so".
 
     Returns:
         The rate in frames a second and an iterator over RGB pictures of one size.
@@ -141,29 +141,29 @@ def _pictures(
     path: str, index: int, schedule: Schedule, interlaced: Interlaced, note: Callable[[str], None]
 ) -> Iterator[Image.Image]:
     """Yields the pictures of `iterate_video`."""
-    clock, shown, count = Clock(schedule), None, 0
     with _open(path) as container:
-        frames = _deinterlaced(_frames(container, container.streams[index]), interlaced, note)
-        aspect = container.streams[index].sample_aspect_ratio
-        while True:
-            with _named(f"cannot be decoded after {count} frames"):
-                frame = next(frames, None)
-                if frame is None:
-                    break
-                seconds = None if frame.time is None else float(frame.time)
-                slot = clock.place(seconds, float((frame.duration or 0) * (frame.time_base or 0)))
-                picture = upright(to_picture(frame, note), display_matrix(frame), aspect)
-            if shown is not None and picture.size != shown.size:
-                old, new = (" x ".join(map(str, size)) for size in (shown.size, picture.size))
-                raise UnreadableClipError(f"changes its size from {old} to {new} pixels")
-            while shown is not None and count < slot:
-                yield shown
-                count += 1
-            shown = picture
-    if shown is None:
-        raise UnreadableClipError("holds no frame")
-    for _ in range(count, clock.end()):
-        yield shown
+        stream = container.streams[index]
+        frames = _deinterlaced(_frames(container, stream), interlaced, note)
+        yield from lay_out(_upright_frames(frames, stream.sample_aspect_ratio, note), schedule)
+
+
+def _upright_frames(
+    frames: Iterator[Any], aspect: Any, note: Callable[[str], None]
+) -> Iterator[tuple[float | None, float, Image.Image]]:
+    """Yields the time and the duration (0: unknown) of each frame in seconds, and its picture."""
+    size = None
+    for count in itertools.count():
+        with _named(f"cannot be decoded after {count} frames"):
+            frame = next(frames, None)
+            if frame is None:
+                return
+            picture = upright(to_picture(frame, note), display_matrix(frame), aspect)
+        size = size or picture.size
+        if picture.size != size:
+            old, new = (" x ".join(map(str, each)) for each in (size, picture.size))
+            raise UnreadableClipError(f"changes its size from {old} to {new} pixels")
+        duration = float((frame.duration or 0) * (frame.time_base or 0))
+        yield None if frame.time is None else float(frame.time), duration, picture
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
