@@ -40,6 +40,7 @@ from rich.table import Table
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
 from sora_jax.data.builders.listing import printable
 from sora_jax.data.builders.parts import Encoding
+from sora_jax.data.videos import Interlaced
 from sora_jax.generation.video_io import check_writable, write_whole
 
 
@@ -158,13 +159,17 @@ class StillsCommand:
 class FolderCommand:
     """Any folder of videos, animations and pictures with a captions.jsonl.
 
-    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it.
+    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it. Colours
+    become sRGB and transparent pixels white; a video that names no matrix has BT.709's from 1280 pixels of width or
+    more than 576 of height on, and BT.601's below. HDR is brought to SDR with its white at 203 cd/m2. The report counts
+    what was converted.
 
     Attributes:
         source: the folder, on a local disk; it holds `captions.jsonl`.
         output: directory that will hold `clip_folder/1.0.0`.
         unseen_share: share of the captions held out as split `unseen`, where no line names a split.
         clip_frames: a longer video is cut into clips of at most this many frames, which share its caption.
+        interlaced: interlaced videos become whole pictures, stay as they are, or are left out.
         max_side: frames are stored with at most this long side, in pixels.
         quality: of the stored JPEG frames.
         num_workers: processes that decode and encode; 0: this one.
@@ -175,6 +180,7 @@ class FolderCommand:
     output: str
     unseen_share: float = 0.1
     clip_frames: int = 256
+    interlaced: Interlaced = "deinterlace"
     max_side: int = 256
     quality: int = 92
     num_workers: int = 2
@@ -184,7 +190,7 @@ class FolderCommand:
         """Prepares the data set and returns the report."""
         encoding = Encoding(self.max_side, self.quality)
         tasks, skipped = folder.make_tasks(self.source, self.unseen_share)
-        convert = folder.Converter(self.clip_frames)
+        convert = folder.Converter(self.clip_frames, self.interlaced)
         return clip_dataset.prepare(
             folder.ClipFolder,
             tasks,
@@ -321,6 +327,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"no split train: data.split must be one of {', '.join(report['splits'])}")
     for kind, count in report.get("num_left_out", {}).items():
         console.print(f"left out {count:,} files: {kind}")
+    for change, count in report.get("num_converted", {}).items():
+        console.print(f"{change}: {count:,} files")
     console.print(f"skipped {report['num_skipped']} files")
     for entry in report["skipped"][:20]:
         console.print(f"  {entry['file']}: {entry['reason']}", markup=False, highlight=False, soft_wrap=True)

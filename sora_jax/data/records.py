@@ -43,6 +43,8 @@ class ClipRecord:
         height, width: of every frame, in pixels.
         frames: encoded pictures.
         label: index of its class, -1 where it has none.
+        notes: what was done to the pictures of its file up to its end, such as a conversion of colours; for the
+            report, not stored.
     """
 
     clip_id: int
@@ -53,6 +55,7 @@ class ClipRecord:
     width: int
     frames: list[bytes]
     label: int = -1
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,7 @@ def check_record(record: ClipRecord, picture_format: str = "jpeg") -> None:
 def to_example(record: ClipRecord, labelled: bool = False) -> dict[str, Any]:
     """Returns a record as the example that a TFDS builder yields, with its label where the features have one."""
     example = dataclasses.asdict(record)
+    del example["notes"]
     if not labelled:
         del example["label"]
     # An image feature takes a file object as what is already encoded.

@@ -134,7 +134,7 @@ def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
 def _check_size(width: int, height: int) -> None:
     """Raises UnreadableClipError for frames that would not fit in memory."""
     if width * height > MOST_PIXELS:
-        raise UnreadableClipError(f"has frames of {width} x {height} pixels, more than {MOST_PIXELS}")
+        raise UnreadableClipError(f"has damaged or too large frames: {width} x {height} pixels")
 
 
 def _pictures(
@@ -153,7 +153,7 @@ def _upright_frames(
     """Yields the time and the duration (0: unknown) of each frame in seconds, and its picture."""
     size = None
     for count in itertools.count():
-        with _named(f"cannot be decoded after {count} frames"):
+        with _named(f"cannot be decoded: frame {count}"):
             frame = next(frames, None)
             if frame is None:
                 return
@@ -161,7 +161,7 @@ def _upright_frames(
         size = size or picture.size
         if picture.size != size:
             old, new = (" x ".join(map(str, each)) for each in (size, picture.size))
-            raise UnreadableClipError(f"changes its size from {old} to {new} pixels")
+            raise UnreadableClipError(f"changes its size: from {old} to {new} pixels")
         duration = float((frame.duration or 0) * (frame.time_base or 0))
         yield None if frame.time is None else float(frame.time), duration, picture
 
@@ -246,7 +246,7 @@ def upright(picture: Image.Image, matrix: tuple[int, ...] | None, aspect: Any = 
     """
     if aspect and aspect != 1:
         if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
-            raise UnreadableClipError(f"has pixels of {float(aspect):g} times their height in width")
+            raise UnreadableClipError(f"has damaged sizes: its pixels are {float(aspect):g} times as wide as high")
         width = max(1, round(picture.width * float(aspect)))
         _check_size(width, picture.height)
         picture = picture.resize((width, picture.height))
@@ -256,7 +256,7 @@ def upright(picture: Image.Image, matrix: tuple[int, ...] | None, aspect: Any = 
     tolerance = 0.01 * max(map(abs, (a, b, c, d)))
     signs = tuple(0 if abs(value) <= tolerance else 1 if value > 0 else -1 for value in (a, b, c, d))
     if signs not in _TURNS:
-        raise UnreadableClipError(f"is turned by its display matrix ({a}, {b}; {c}, {d}), not by quarters of a circle")
+        raise UnreadableClipError(f"is turned by no quarter of a circle: its display matrix is ({a}, {b}; {c}, {d})")
     turn = _TURNS[signs]
     return picture if turn is None else picture.transpose(turn)
 

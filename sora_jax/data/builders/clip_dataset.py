@@ -61,7 +61,8 @@ def prepare(
         The report: `name`, `path`, `fingerprint` (of the files and arguments), `request` (the arguments),
         `content_fingerprint` (of what is stored), `splits` (clips, stills, frames and captions of each), `num_bytes`,
         the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, `labels` (where there are any: the clips of
-        each class by split), `num_left_out`, and `num_skipped`, `skip_reasons` and `skipped` (each file and why).
+        each class by split), `num_left_out`, `num_skipped`, `skip_reasons` and `skipped` (each file and why), and
+        `num_converted` (files by what was changed in their pictures) and `converted` (each file and change).
 
     Raises:
         ValueError: no file could be read, a label is none of `LABEL_NAMES`, or `output` holds another data set of this
@@ -109,6 +110,9 @@ def prepare(
     report["num_skipped"] = len(left_out)
     report["skip_reasons"] = dict(collections.Counter(entry["reason"].split(":")[0] for entry in left_out))
     report["skipped"] = left_out
+    converted = [entry for parts in encoded.values() for part in parts for entry in part.converted]
+    report["num_converted"] = dict(collections.Counter(entry["change"] for entry in converted))
+    report["converted"] = converted
     write_atomically(whole / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     target.parent.mkdir(exist_ok=True)
     whole.replace(target)

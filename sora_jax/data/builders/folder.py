@@ -27,7 +27,7 @@ from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten
 from sora_jax.data.pictures import iterate_animation
 from sora_jax.data.records import ClipRecord, label_words, picture_size
-from sora_jax.data.videos import iterate_video
+from sora_jax.data.videos import Interlaced, iterate_video
 
 MANIFEST = "captions.jsonl"
 PICTURES = (".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -160,9 +160,11 @@ class Converter:
 
     Attributes:
         clip_frames: most frames of a clip.
+        interlaced: what is done with interlaced videos; see `iterate_video`.
     """
 
     clip_frames: int = 256
+    interlaced: Interlaced = "deinterlace"
 
     def __post_init__(self) -> None:
         if self.clip_frames < 1:
@@ -176,19 +178,20 @@ class Converter:
         """
         if os.path.getsize(task.path) == 0:
             raise UnreadableClipError("is empty")
+        notes: set[str] = set()
         if task.path.lower().endswith(PICTURES):
             shown = [(encoding.encode(flatten(frame)), ms) for frame, ms in iterate_animation(task.path)]
             indices, fps = constant_rate([ms for _, ms in shown])
             encoded = [shown[i][0] for i in indices]
         else:
-            fps, frames = iterate_video(task.path)
+            fps, frames = iterate_video(task.path, self.interlaced, notes.add)
             encoded = (encoding.encode(frame) for frame in frames)
         size = None
         for start, piece in _pieces(encoded, self.clip_frames):
             height, width = size = size or picture_size(piece[0])
             name = task.name if start is None else f"{task.name}#{start}"
             clip_id = task.file_id * CLIP_ID_STRIDE + (start or 0) // self.clip_frames
-            yield ClipRecord(clip_id, name, task.caption, fps, height, width, piece)
+            yield ClipRecord(clip_id, name, task.caption, fps, height, width, piece, notes=tuple(sorted(notes)))
         if size is None:
             raise UnreadableClipError("holds no frame")
 

@@ -253,37 +253,44 @@ class _Job:
     def encode_part(self, path: epath.Path, tasks: Sequence[ClipTask]) -> int:
         """Writes one part and returns the number of its files."""
         skipped: list[dict[str, str]] = []
+        converted: list[dict[str, str]] = []
         mark = _mark_path(path)
         try:
-            write_part(path, self._records(path, tasks, skipped), skipped)
+            write_part(path, self._records(path, tasks, skipped, converted), skipped, converted)
         finally:
             mark.unlink(missing_ok=True)
         return len(tasks)
 
     def _records(
-        self, path: epath.Path, tasks: Sequence[ClipTask], skipped: list[dict[str, str]]
+        self,
+        path: epath.Path,
+        tasks: Sequence[ClipTask],
+        skipped: list[dict[str, str]],
+        converted: list[dict[str, str]],
     ) -> Iterator[tuple[int, bytes]]:
         """Yields the records of a part; a file that breaks half-way gives none, and is named in `skipped`."""
         for place, task in enumerate(tasks):
             with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES, dir=path.parent) as spool:
                 with naming_output(path):
                     _mark_path(path).write_text(str(place))
-                clips = []
+                clips, changes = [], set()
                 try:
-                    for clip_id, record in self.read(task):
+                    for clip_id, record, notes in self.read(task):
+                        changes.update(notes)
                         with naming_output(path):
                             spool.write(record)
                         clips.append((clip_id, len(record)))
                 except UnreadableClipError as error:
                     skipped.append({"file": printable(task.name), "reason": printable(str(error))})
                     continue
+                converted += ({"file": printable(task.name), "change": change} for change in sorted(changes))
                 with naming_output(path):
                     spool.seek(0)
                 for clip_id, size in clips:
                     yield clip_id, spool.read(size)
 
-    def read(self, task: ClipTask) -> Iterator[tuple[int, bytes]]:
-        """Yields the id and the serialised record of each clip of a file.
+    def read(self, task: ClipTask) -> Iterator[tuple[int, bytes, tuple[str, ...]]]:
+        """Yields the id, the serialised record and the notes of each clip of a file.
 
         Raises:
             UnreadableClipError: whatever is wrong with the file, with the memory that it takes, or with its records.
@@ -300,7 +307,7 @@ class _Job:
                 if not 0 <= record.clip_id - task.file_id * CLIP_ID_STRIDE < CLIP_ID_STRIDE:
                     raise UnreadableClipError(f"gives more than {CLIP_ID_STRIDE} clips; longer clips make fewer")
                 example = to_example(dataclasses.replace(record, label=label), labelled=bool(self.label_names))
-                yield record.clip_id, features.serialize_example(features.encode_example(example))
+                yield record.clip_id, features.serialize_example(features.encode_example(example)), record.notes
         except MemoryError as error:
             raise UnreadableClipError("needs more memory than there is") from error
         except OSError as error:

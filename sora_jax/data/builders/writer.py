@@ -49,6 +49,7 @@ class Part:
         sizes: (N,) int64, bytes of each serialised record.
         digests: (N, 32) uint8, SHA-256 of each serialised record.
         skipped: source files that were left out of it, as `file` and `reason`.
+        converted: source files whose pictures were changed, as `file` and `change`.
     """
 
     path: epath.Path
@@ -56,6 +57,7 @@ class Part:
     sizes: NumpyArray
     digests: NumpyArray
     skipped: list[dict[str, str]]
+    converted: list[dict[str, str]]
 
     @classmethod
     def read(cls, path: epath.Path) -> Part:
@@ -63,7 +65,7 @@ class Part:
         values = json.loads(_summary_path(path).read_text())
         digests = np.frombuffer(bytes.fromhex(values["digests"]), np.uint8).reshape(-1, _DIGEST_BYTES)
         ids, sizes = (np.array(values[key], np.int64) for key in ("clip_ids", "sizes"))
-        return cls(path, ids, sizes, digests, values["skipped"])
+        return cls(path, ids, sizes, digests, values["skipped"], values["converted"])
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -83,13 +85,19 @@ def _summary_path(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.json"
 
 
-def write_part(path: epath.Path, records: Iterable[tuple[int, bytes]], skipped: Sequence[dict[str, str]] = ()) -> None:
+def write_part(
+    path: epath.Path,
+    records: Iterable[tuple[int, bytes]],
+    skipped: Sequence[dict[str, str]] = (),
+    converted: Sequence[dict[str, str]] = (),
+) -> None:
     """Writes a part, whole or not at all.
 
     Args:
         path: of the part.
         records: the id and the serialised record of each clip; read one at a time.
         skipped: source files that are left out, as `file` and `reason`; read after the records.
+        converted: source files whose pictures are changed, as `file` and `change`; read after the records.
 
     Raises:
         OSError: the file cannot be written, because the disk is full for example.
@@ -101,7 +109,8 @@ def write_part(path: epath.Path, records: Iterable[tuple[int, bytes]], skipped: 
             ids.append(clip_id)
             sizes.append(len(record))
             digests += hashlib.sha256(record).digest()
-    content = {"clip_ids": ids.tolist(), "sizes": sizes.tolist(), "digests": digests.hex(), "skipped": list(skipped)}
+    content = {"clip_ids": ids.tolist(), "sizes": sizes.tolist(), "digests": digests.hex()}
+    content |= {"skipped": list(skipped), "converted": list(converted)}
     write_atomically(_summary_path(path), json.dumps(content))
 
 
