@@ -21,6 +21,7 @@ from sora_jax.data.decode import LEAST_FRAMES, MOST_COPIES, STILL_FPS, Unreadabl
 FASTEST_FPS = 1000.0
 """Pictures that follow each other faster than this have damaged timestamps."""
 
+_LEAST_KEPT, _MOST_REPEATED = 0.98, 1.05  # pictures kept, and frames a picture, at a rate that fits
 _SLIGHT = 0.01  # rates that differ by less than this share are the same
 _LEAST_SHARE = 0.9  # a video that ends before this share of what its header promises is truncated
 _MOST_OVER = 1.1, 1.0  # share and seconds that the packets may go beyond the length in the header
@@ -37,23 +38,25 @@ class Packets:
         shown: presentation times in seconds, NaN where a packet has none.
         decoded: decoding times in seconds, NaN where a packet has none.
         last: presentation time (seconds) and duration (seconds, 0 where unknown) of the packet shown last.
-        num_bytes: of all packets.
+        num_hidden: packets that an edit list hides; they have no times here.
     """
 
     shown: list[float] = dataclasses.field(default_factory=list)
     decoded: list[float] = dataclasses.field(default_factory=list)
     last: tuple[float, float] = (-math.inf, 0.0)
-    num_bytes: int = 0
+    num_hidden: int = 0
 
     def add(self, packet: Any) -> None:
         """Counts a packet in."""
+        if packet.is_discard:
+            self.num_hidden += 1
+            return
         base = packet.time_base or 0
         shown = math.nan if packet.pts is None else float(packet.pts * base)
         self.shown.append(shown)
         self.decoded.append(math.nan if packet.dts is None else float(packet.dts * base))
         if shown > self.last[0]:
             self.last = shown, float((packet.duration or 0) * base)
-        self.num_bytes += packet.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
     if not count:
         raise UnreadableClipError("holds no frame")
     kind = container.format.name.split(",")[0]
-    whole = _is_whole(path, kind, stream, count)
+    whole = _is_whole(path, kind, stream, count + packets.num_hidden)
     if count == 1:
         return Schedule(STILL_FPS, True, 1)
     times = _times(packets)
@@ -106,11 +109,11 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
         raise UnreadableClipError(f"has damaged timestamps: {fps:g} pictures a second")
     if not times:
         return Schedule(fps, False, count)
-    end, start = last + max(packets.last[1], 1 / fps), min(stretch[0] for stretch in times)
-    if longest is not None and end > _MOST_OVER[0] * longest + _MOST_OVER[1]:
+    if longest is not None and last > _MOST_OVER[0] * longest + _MOST_OVER[1]:
         raise UnreadableClipError(
-            f"has damaged timestamps: they run to {end:.2f} seconds, the header says {longest:.2f}"
+            f"has damaged timestamps: they run to {last:.2f} seconds, the header says {longest:.2f}"
         )
+    end, start = last + max(packets.last[1], 1 / fps), min(stretch[0] for stretch in times)
     if promised is not None and not whole and end - start < _LEAST_SHARE * (promised - max(start, 0.0)):
         raise UnreadableClipError(f"is truncated: {end - start:.2f} of {promised:.2f} seconds are there")
     return Schedule(fps, True, count, promised if whole else None)
@@ -119,8 +122,9 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
 def frame_rate(times: Sequence[Sequence[float]], duration: float, nominal: Sequence[float]) -> float:
     """Returns the rate that a video is laid out at, in frames a second.
 
-    A constant-rate video keeps the rate that its file gives. Else it is that of `constant_rate`, or the rate that the
-    file gives where this comes within 1% of it.
+    A video whose pictures lie close to a rate that its file gives keeps that: at most 2% of them are lost at it, and at
+    most 5% of its frames are repeated. Else it is the rate of `constant_rate`, or one that the file gives where this
+    comes within 1% of it.
 
     Args:
         times: ascending times in seconds, one list for each stretch in which they run on; empty: there are none.
@@ -131,13 +135,16 @@ def frame_rate(times: Sequence[Sequence[float]], duration: float, nominal: Seque
         UnreadableClipError: there is no rate, or the times are too uneven for one.
     """
     for rate in nominal:
-        if all(_is_constant(stretch, rate) for stretch in times):
+        if all(_is_near(stretch, rate) for stretch in times):
             return rate
     intervals = [interval for stretch in times for interval in np.diff(stretch).tolist()]
     if not intervals:
         raise UnreadableClipError("gives no frame rate")
     last = duration or float(np.median(intervals))
-    _, found = constant_rate([1000 * seconds for seconds in (*intervals, last)])
+    try:
+        _, found = constant_rate([1000 * seconds for seconds in (*intervals, last)])
+    except UnreadableClipError as error:
+        raise UnreadableClipError(f"has damaged timestamps or too long a pause: {error}") from error
     return next((rate for rate in nominal if abs(rate / found - 1) < _SLIGHT), found)
 
 
@@ -219,9 +226,15 @@ def _times(packets: Packets) -> list[list[float]]:
     return [stretch for stretch in stretches if stretch]
 
 
-def _is_constant(times: Sequence[float], rate: float) -> bool:
-    """Whether the i-th of these times lies within half a frame of i / rate."""
-    return bool((np.abs((np.asarray(times) - times[0]) * rate - np.arange(len(times))) < 0.5).all())
+def _is_near(times: Sequence[float], rate: float) -> bool:
+    """Whether hardly a picture is lost or repeated where those of these ascending times are laid out at a rate."""
+    count = len(times)
+    if (np.abs((np.asarray(times) - times[0]) * rate - np.arange(count)) < 0.5).all():
+        return True  # the i-th lies within half a frame of i / rate: none is
+    if (times[-1] - times[0]) * rate > _MOST_REPEATED * count:
+        return False
+    kept = set(lay_out(((time, 0.0, i) for i, time in enumerate(times)), Schedule(rate, True, count)))
+    return len(kept) >= _LEAST_KEPT * count
 
 
 def _is_whole(path: str, kind: str, stream: Any, num_packets: int) -> bool:
@@ -284,16 +297,16 @@ def _vint(data: bytes, place: int) -> tuple[int | None, int]:
 
 def _promised_ends(container: Any, stream: Any) -> tuple[float | None, float | None]:
     """Returns the times in seconds at which the header says that the stream and the whole file end, None: not said."""
-    stream_end = None
+    stream_end = file_end = None
     if stream.duration and stream.time_base:
         stream_end = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     else:
         stream_end = parse_clock(stream.metadata.get("DURATION", ""))  # Matroska and WebM
-    file_end = None
     if container.duration and container.duration > 0:
-        file_end = (container.duration + (container.start_time or 0)) / 1e6
-    if stream_end is None and len(container.streams) == 1:
-        stream_end = file_end
+        file_end = container.duration / 1e6
+        if stream_end is None and len(container.streams) == 1:
+            stream_end = file_end  # FLV and Matroska count it from zero, wherever the pictures begin
+        file_end += max(0, container.start_time or 0) / 1e6
     ends = [end for end in (stream_end, file_end) if end is not None and end > 0]
     return (stream_end if stream_end and stream_end > 0 else None), max(ends, default=None)
 

@@ -113,7 +113,7 @@ def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
         count += 1
         if count > num_bytes:
             raise UnreadableClipError("is damaged: its header names more frames than it has bytes")
-        if packet.size and not packet.is_discard:
+        if packet.size:
             packets[packet.stream_index].add(packet)
         if packet.is_corrupt:
             damaged.add(packet.stream_index)
