@@ -30,7 +30,6 @@ REFERENCE_WHITE = 203.0
 # Codes of ISO/IEC 23091-2 (H.273), which FFmpeg uses too.
 _UNSPECIFIED = 2
 _MATRICES = {0, 1, 2, 3, 4, 5, 6, 7, 9}  # those that swscale converts
-_MATRIX_BT2020 = 9
 _OTHER_MATRICES = {8: "YCgCo", 10: "BT.2020 constant luminance", 11: "SMPTE 2085", 12: "derived from the primaries"}
 _OTHER_MATRICES |= {13: "derived from the primaries", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-R", 17: "YCgCo-R"}
 _OTHER_TRANSFERS = {
@@ -80,7 +79,7 @@ def to_picture(frame: Any, note: Callable[[str], None]) -> Image.Image:
         wide = primaries == ColorPrimaries.BT2020
         high = frame.width >= 1280 or frame.height > 576
         options["src_colorspace"] = Colorspace.BT2020 if wide else Colorspace.ITU709 if high else Colorspace.ITU601
-    if primaries == _UNSPECIFIED and (matrix == _MATRIX_BT2020 or transfer in _HDR):
+    if primaries == _UNSPECIFIED and transfer in _HDR:
         primaries = ColorPrimaries.BT2020
     # PyAV names no component of a palette alpha, although its colours have some.
     alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)

@@ -167,7 +167,8 @@ def lay_out(frames: Iterable[tuple[float | None, float, _Picture]], schedule: Sc
     """
     fps, step, most = schedule.fps, 1 / schedule.fps, max(LEAST_FRAMES, MOST_COPIES * schedule.num_pictures)
     shown, begun, waiting = None, 0, None  # the picture that stands from instant `begun` on, and the one after it
-    start = now = shift = lasts = 0.0
+    start: float | None = None
+    now = shift = lasts = 0.0
 
     def bounded(instant: int) -> int:
         if instant > most:
@@ -188,7 +189,7 @@ def lay_out(frames: Iterable[tuple[float | None, float, _Picture]], schedule: Sc
 
     for time, duration, picture in frames:
         time = None if time is None or not schedule.timed else time + shift
-        if shown is None:
+        if start is None:
             start = now = 0.0 if time is None else time
             shown = picture
         else:
@@ -199,7 +200,7 @@ def lay_out(frames: Iterable[tuple[float | None, float, _Picture]], schedule: Sc
             yield from settle(now)
             waiting = now, picture
         lasts = duration
-    if shown is None:
+    if start is None:
         raise UnreadableClipError("holds no frame")
     end = now + max(lasts, step)
     if schedule.end is not None and not shift and (schedule.end - end) * fps >= 1.5:  # less is rounding
@@ -315,8 +316,8 @@ def parse_clock(text: str) -> float | None:
     """Reads "00:00:05.000000000" as seconds; None where the text is no such time."""
     parts = text.split(":")
     try:
-        hours, minutes, seconds = int(parts[0]), int(parts[1]), float(parts[2])
-    except (ValueError, IndexError):
+        hours, minutes, seconds = map(float, parts)
+    except ValueError:
         return None
-    total = hours * 3600 + minutes * 60 + seconds if len(parts) == 3 else math.nan
+    total = hours * 3600 + minutes * 60 + seconds
     return total if math.isfinite(total) and min(hours, minutes, seconds) >= 0 else None

@@ -25,6 +25,7 @@ Interlaced = Literal["deinterlace", "keep", "skip"]
 MOST_PIXELS = 1 << 26
 """Pixels of the largest frame that is read (8192 x 8192)."""
 
+_BOUNDS = {"max_pixels": str(MOST_PIXELS)}  # of FFmpeg's decoders
 _WIDEST_PIXEL = 10.0  # times as wide as high, or the other way round; beyond that the file is damaged
 _NOT_THE_VIDEO = (
     Disposition.attached_pic
@@ -52,7 +53,8 @@ def iterate_video(
     """Opens a video and decodes it frame by frame, so that its length does not bound the memory.
 
     The video is the stream that is neither a cover, nor thumbnails or metadata, by its disposition. Among several it is
-    one of more than a single picture, then one marked as default, then the largest, then the first.
+    one of more than a single picture and of at least a tenth as many as any other (covers and thumbnails are not always
+    marked), then one marked as default, then the largest, then the first.
 
     Frames are laid out at a constant rate, that of the video's motion: pauses keep their length, the first frame is the
     first picture, and the last picture stands as long as the file says (`video_time`). A video of a single picture is
@@ -99,7 +101,7 @@ def _named(what: str) -> Iterator[None]:
 def _open(path: str) -> Any:
     """Opens a file with PyAV."""
     with _named("not a video that can be read"):
-        return av.open(path, metadata_errors="replace", options={"max_pixels": str(MOST_PIXELS)})
+        return av.open(path, metadata_errors="replace", options=_BOUNDS)
 
 
 def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
@@ -118,9 +120,11 @@ def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
         if packet.is_corrupt:
             damaged.add(packet.stream_index)
 
+    most = max(len(each.shown) for each in packets.values())
+
     def rank(stream: Any) -> tuple[bool, bool, int, int]:
         area = stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0
-        moves = len(packets[stream.index].shown) > 1
+        moves = len(packets[stream.index].shown) >= max(2, most / 10)
         return moves, bool(stream.disposition & Disposition.default), area, -stream.index
 
     best = max(streams, key=rank)
@@ -172,6 +176,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
         decoder = av.CodecContext.create(_DECODERS_WITH_ALPHA[decoder.name], "r")
     decoder.thread_type = "AUTO"
+    decoder.options = _BOUNDS
     for packet in container.demux(stream):
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
