@@ -1,42 +1,39 @@
-"""Decodes stored frames, and what the readers of pictures and of videos share.
+"""Decodes stored frames, and what the readers of pictures and of videos share: above all the time of a clip.
 
-Transparent pixels are laid over white. A file that cannot be read whole raises `UnreadableClipError`, which says why;
-nothing else escapes from a bad file.
+A file that cannot be read whole raises `UnreadableClipError`, which says why; nothing else escapes from a bad file.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
+from sora_jax.data.colors import WHITE, flatten
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.picture_files import BROKEN_PICTURE, open_picture, upright, upright_size
 
-WHITE = (255, 255, 255)
+__all__ = [
+    "BROKEN_PICTURE",
+    "LEAST_FRAMES",
+    "MOST_COPIES",
+    "STILL_FPS",
+    "WHITE",
+    "UnreadableClipError",
+    "constant_rate",
+    "decode_frames",
+    "flatten",
+]
+
 STILL_FPS = 1.0
 """The frame rate that a still picture is stored with; its only frame lies at time 0 whatever the rate."""
 
 MOST_COPIES = 64
 LEAST_FRAMES = 4096
 """A clip of T pictures is stored as 64 T frames at most, or 4096 where that is more (see `constant_rate`)."""
-
-# What Pillow raises on bad files; its GIF reader lets an IndexError out where the file ends inside a header.
-BROKEN_PICTURE = (
-    OSError,
-    EOFError,
-    IndexError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
-class UnreadableClipError(ValueError):
-    """A file that holds no whole clip: empty, truncated, or not a picture, an animation or a video."""
 
 
 def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArray:
@@ -46,7 +43,8 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     which costs a fraction of decoding it whole.
 
     Args:
-        encoded: T encoded pictures, of any format that Pillow reads.
+        encoded: T encoded pictures, of any format that `open_picture` knows; each is turned as its EXIF says, and its
+            colours become sRGB, as when a data set is prepared.
         height: of every frame returned, in pixels.
         width: of every frame returned, in pixels.
 
@@ -62,30 +60,18 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     frames = np.empty((len(encoded), height, width, 3), np.uint8)
     for i, data in enumerate(encoded):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (width, height))  # only JPEG has drafts; a draft is never smaller than asked
-                frame = flatten(image)
+            with open_picture(io.BytesIO(data)) as image:
+                turned = upright_size(image) != image.size
+                # Only JPEG has drafts; a draft is never smaller than asked.
+                image.draft("RGB", (height, width) if turned else (width, height))
+                image.load()
+                frame = upright(flatten(image), image)
         except BROKEN_PICTURE as error:
             raise UnreadableClipError(f"frame {i} of {len(encoded)} cannot be decoded: {error}") from error
         if frame.size != (width, height):
             frame = frame.resize((width, height), Image.Resampling.BICUBIC)  # Pillow widens the filter to antialias
         frames[i] = np.asarray(frame)
     return frames
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """Returns any Pillow image as RGB, its transparent pixels laid over white, 16-bit grey brought to 8 bits."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("RGB", "L"):
-        if "transparency" not in image.info:
-            return image.convert("RGB")
-    elif image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGB", image.size, WHITE)
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
 
 
 def constant_rate(durations: Sequence[float]) -> tuple[list[int], float]:

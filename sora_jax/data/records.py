@@ -24,7 +24,8 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.data.decode import BROKEN_PICTURE, UnreadableClipError
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.picture_files import BROKEN_PICTURE, open_picture, upright_size
 
 INDEX_VERSION = 2
 MOST_BYTES = 2**31 - 2**20
@@ -214,9 +215,10 @@ def metadata_from_rows(rows: list[dict[str, Any]]) -> ClipMetadata:
 
 
 def picture_size(encoded: bytes) -> tuple[int, int]:
-    """Returns (height, width) of an encoded picture from its header."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width
+    """Returns (height, width) of an encoded picture, upright, from its header."""
+    with open_picture(io.BytesIO(encoded)) as image:
+        width, height = upright_size(image)
+        return height, width
 
 
 def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -> None:

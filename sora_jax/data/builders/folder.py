@@ -20,19 +20,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
+from PIL import Image
 
 from sora_jax.data.builders.clip_dataset import ClipDataset
 from sora_jax.data.builders.listing import Folder, printable
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
-from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten
-from sora_jax.data.pictures import iterate_animation
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.media import open_media
 from sora_jax.data.records import ClipRecord, label_words, picture_size
-from sora_jax.data.videos import Interlaced, iterate_video
+from sora_jax.data.videos import Interlaced
 
 MANIFEST = "captions.jsonl"
-PICTURES = (".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Suffixes that Pillow reads; every other file is tried as a video."""
-
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -176,24 +174,25 @@ class Converter:
         Raises:
             UnreadableClipError: the file is empty, truncated, or neither a picture nor a video.
         """
-        if os.path.getsize(task.path) == 0:
-            raise UnreadableClipError("is empty")
         notes: set[str] = set()
-        if task.path.lower().endswith(PICTURES):
-            shown = [(encoding.encode(flatten(frame)), ms) for frame, ms in iterate_animation(task.path)]
-            indices, fps = constant_rate([ms for _, ms in shown])
-            encoded = [shown[i][0] for i in indices]
-        else:
-            fps, frames = iterate_video(task.path, self.interlaced, notes.add)
-            encoded = (encoding.encode(frame) for frame in frames)
+        fps, frames = open_media(task.path, notes.add, interlaced=self.interlaced)
         size = None
-        for start, piece in _pieces(encoded, self.clip_frames):
+        for start, piece in _pieces(_encode_each(frames, encoding), self.clip_frames):
             height, width = size = size or picture_size(piece[0])
             name = task.name if start is None else f"{task.name}#{start}"
             clip_id = task.file_id * CLIP_ID_STRIDE + (start or 0) // self.clip_frames
             yield ClipRecord(clip_id, name, task.caption, fps, height, width, piece, notes=tuple(sorted(notes)))
         if size is None:
             raise UnreadableClipError("holds no frame")
+
+
+def _encode_each(frames: Iterable[Image.Image], encoding: Encoding) -> Iterator[bytes]:
+    """Encodes frames, one that comes as the same object again only once."""
+    shown, data = None, b""
+    for frame in frames:
+        if frame is not shown:
+            shown, data = frame, encoding.encode(frame)
+        yield data
 
 
 def _pieces(frames: Iterable[bytes], most: int) -> Iterator[tuple[int | None, list[bytes]]]:
