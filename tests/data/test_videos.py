@@ -222,6 +222,22 @@ def test_laying_out(times, shown):
     assert "".join(lay_out(frames, schedule)) == shown
 
 
+@pytest.mark.parametrize(
+    ("last", "end", "shown"),
+    [
+        (0.0, None, "ab"),
+        (0.1, None, "ab"),
+        (0.15, None, "ab"),
+        (0.4, None, "abbbb"),
+        (0.1, 0.5, "abbbb"),
+        (0, 0.3, "ab"),
+    ],
+)
+def test_the_last_picture_stands_as_long_as_its_packet_or_the_header_says(last, end, shown):
+    schedule = Schedule(fps=10, timed=True, num_pictures=2, end=end)
+    assert "".join(lay_out([(0.0, 0.1, "a"), (0.1, last, "b")], schedule)) == shown
+
+
 def test_laying_out_is_bounded():
     schedule = Schedule(fps=10, timed=True, num_pictures=4)
     count = 0
