@@ -42,13 +42,14 @@ def hlg_of(light):
 
 
 def ycbcr(rgb, matrix, bits=8, full=False):
-    """Quantised planes of R'G'B' in 0 ... 1, 4:4:4 (ITU-R BT.709, 3 and 4)."""
+    """Quantised planes of R'G'B' in 0 ... 1, 4:4:4 (ISO/IEC 23091-2, 8.3)."""
     red, blue = LUMA[matrix]
     y = rgb @ np.array([red, 1 - red - blue, blue])
     chroma = [(rgb[..., 2] - y) / (2 - 2 * blue), (rgb[..., 0] - y) / (2 - 2 * red)]
     unit, half = 1 << (bits - 8), 1 << (bits - 1)
-    scales = (255 * unit, 0, 255 * unit) if full else (219 * unit, 16 * unit, 224 * unit)
-    return [np.round(y * scales[0] + scales[1]), *(np.round(c * scales[2] + half) for c in chroma)]
+    whole = (1 << bits) - 1
+    scales = (whole, 0, whole) if full else (219 * unit, 16 * unit, 224 * unit)
+    return [np.round(y * scales[0] + scales[1]), *(np.clip(np.round(c * scales[2] + half), 0, whole) for c in chroma)]
 
 
 def signal(colours, height=16, width=16):
@@ -124,6 +125,7 @@ def test_converted_white_is_white_at_every_depth(bits, full):
     notes = []
     greys = patches(to_picture(frame, notes.append), len(COLOURS))[3:]
     np.testing.assert_allclose(greys, COLOURS[3:], atol=1)
+    assert greys[1].tolist() == [255, 255, 255]  # exactly: 16-bit codes of some formats end below 65535
     assert notes == ["converted from BT.2020 to sRGB"]
 
 
