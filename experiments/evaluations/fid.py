@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -19,7 +18,8 @@ from tqdm import tqdm
 from sora_jax.config_json import to_json
 from sora_jax.convert.efficientnet import load_efficientnet
 from sora_jax.data.builders.latents import center_crop
-from sora_jax.data.decode import decode_frames, flatten
+from sora_jax.data.decode import decode_frames
+from sora_jax.data.pictures import read_picture
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation.features import (
     EfficientNetNetwork,
@@ -273,8 +273,7 @@ def read_stills(source: ClipSource, stills: np.ndarray, size: int | None, fit: s
         if size is not None and fit == "stretch":
             pixels = decode_frames([data], size, size)[0]
         else:
-            with Image.open(io.BytesIO(data)) as encoded:
-                pixels = np.asarray(flatten(encoded))
+            pixels = np.asarray(read_picture(io.BytesIO(data)))
             pixels = pixels if size is None else center_crop(pixels, size)
         first = pixels.shape if first is None else first
         if pixels.shape != first:

@@ -1,38 +1,39 @@
-"""Decodes stored frames, and what the readers of pictures and of videos share.
+"""Decodes stored frames, and what the readers of pictures and of videos share: above all the time of a clip.
 
-Transparent pixels are laid over white. A file that cannot be read whole raises `UnreadableClipError`, which says why;
-nothing else escapes from a bad file.
+A file that cannot be read whole raises `UnreadableClipError`, which says why; nothing else escapes from a bad file.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
+from sora_jax.data.colors import WHITE, flatten
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.picture_files import BROKEN_PICTURE, open_picture, upright, upright_size
 
-WHITE = (255, 255, 255)
+__all__ = [
+    "BROKEN_PICTURE",
+    "LEAST_FRAMES",
+    "MOST_COPIES",
+    "STILL_FPS",
+    "WHITE",
+    "UnreadableClipError",
+    "constant_rate",
+    "decode_frames",
+    "flatten",
+]
+
 STILL_FPS = 1.0
 """The frame rate that a still picture is stored with; its only frame lies at time 0 whatever the rate."""
 
-# What Pillow raises on bad files; its GIF reader lets an IndexError out where the file ends inside a header.
-BROKEN_PICTURE = (
-    OSError,
-    EOFError,
-    IndexError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
-class UnreadableClipError(ValueError):
-    """A file that holds no whole clip: empty, truncated, or not a picture, an animation or a video."""
+MOST_COPIES = 64
+LEAST_FRAMES = 4096
+"""A clip of T pictures is stored as 64 T frames at most, or 4096 where that is more (see `constant_rate`)."""
 
 
 def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArray:
@@ -42,7 +43,8 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     which costs a fraction of decoding it whole.
 
     Args:
-        encoded: T encoded pictures, of any format that Pillow reads.
+        encoded: T encoded pictures, of any format that `open_picture` knows; each is turned as its EXIF says, and its
+            colours become sRGB, as when a data set is prepared.
         height: of every frame returned, in pixels.
         width: of every frame returned, in pixels.
 
@@ -58,9 +60,12 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     frames = np.empty((len(encoded), height, width, 3), np.uint8)
     for i, data in enumerate(encoded):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (width, height))  # only JPEG has drafts; a draft is never smaller than asked
-                frame = flatten(image)
+            with open_picture(io.BytesIO(data)) as image:
+                turned = upright_size(image) != image.size
+                # Only JPEG has drafts; a draft is never smaller than asked.
+                image.draft("RGB", (height, width) if turned else (width, height))
+                image.load()
+                frame = upright(flatten(image), image)
         except BROKEN_PICTURE as error:
             raise UnreadableClipError(f"frame {i} of {len(encoded)} cannot be decoded: {error}") from error
         if frame.size != (width, height):
@@ -69,36 +74,74 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     return frames
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Returns any Pillow image as RGB, its transparent pixels laid over white, 16-bit grey brought to 8 bits."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("RGB", "L"):
-        if "transparency" not in image.info:
-            return image.convert("RGB")
-    elif image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGB", image.size, WHITE)
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
-
-
 def constant_rate(durations: Sequence[float]) -> tuple[list[int], float]:
-    """Lays an animation out at a constant rate, that of its median duration.
+    """Lays pictures that each stand for a time of their own out at one constant rate.
+
+    Candidates for its interval are the mean duration, and low quantiles of the durations with the means of what is not
+    much longer: so a pause costs no picture of a fast run beside it. Durations that no screen shows (under 1/240 s,
+    where the mean is much longer) make none. At an interval, each picture has the nearest instant to its time that is
+    free, and is lost where it would have been replaced by then; one that stands for an interval never is. Of the
+    candidates that lose at most a hundredth of the pictures, the one with the least sum of two is taken: the share of
+    its own length (or of the median one, where that is more) that a picture's length is off on average, beyond a
+    rounding to hundredths of a second; and 0.1 for every frame stored a picture. Where there is none, the shortest is
+    taken.
 
     Args:
-        durations: how long each frame is shown, positive, in milliseconds.
+        durations: how long each picture is shown, at least 0, in milliseconds.
 
     Returns:
-        The index of the frame shown in the middle of each interval of 1 / fps, which is 0 ... T - 1 where every
-        frame lasts the same, and fps, in frames a second (`STILL_FPS` for a single frame).
+        The index of the picture shown at each i / fps: it begins with 0, never decreases, is 0 ... T - 1 where every
+        picture lasts the same, and lasts as long as the durations together, within one interval. And fps, in frames a
+        second (`STILL_FPS` for a single picture).
+
+    Raises:
+        UnreadableClipError: the durations are no times, or so uneven that more than `MOST_COPIES` frames a picture (and
+            more than `LEAST_FRAMES`) would be stored, as a corrupt time asks for.
     """
-    if len(durations) == 1:
+    times = np.asarray(durations, np.float64)
+    if bad := [float(d) for d in times if not 0 <= d < np.inf]:
+        raise UnreadableClipError(f"gives a picture a duration of {bad[0]} ms")
+    if len(times) == 1:
         return [0], STILL_FPS
-    ends = np.cumsum(np.asarray(durations, np.float64))
-    step = float(np.median(durations))
-    count = max(1, round(ends[-1] / step))
-    # In the middle, rounding never decides between two neighbours of equal length.
-    times = np.minimum((np.arange(count) + 0.5) * step, np.nextafter(ends[-1], 0))
-    return np.searchsorted(ends, times, side="right").tolist(), 1000.0 / step
+    if not times.any():
+        raise UnreadableClipError("gives its pictures no time to stand")
+    _, step = min((_cost(times, step), step) for step in _intervals(times))
+    kept, instants, count = _lay_out(times, step)
+    most = max(LEAST_FRAMES, MOST_COPIES * len(times))
+    if count > most:
+        raise UnreadableClipError(
+            f"shows {len(times)} pictures in {times.sum() / 1000:.6g} seconds: at {1000 / step:.4g} a second these are "
+            f"{count} frames, and at most {most} are stored; is one of its times damaged?"
+        )
+    shown = np.searchsorted(instants, np.arange(count), side="right") - 1
+    return [kept[i] for i in shown], 1000.0 / step
+
+
+def _intervals(times: NumpyArray) -> set[float]:
+    """Returns the intervals that `constant_rate` tries, in milliseconds."""
+    shown = times[times >= min(1000 / 240, times.mean() / 2)]
+    short = [float(d) for d in np.quantile(shown, (0.01, 0.05, 0.1, 0.25, 0.5), method="lower")]
+    return {float(times.mean()), *short, *(float(shown[shown <= 1.5 * d].mean()) for d in short)}
+
+
+def _cost(times: NumpyArray, step: float) -> float:
+    """Returns what `constant_rate` makes least."""
+    kept, instants, count = _lay_out(times, step)
+    if len(times) - len(kept) > len(times) // 100:
+        return 1e9 + step  # the shortest, where every candidate loses pictures
+    lengths = np.zeros(len(times))
+    lengths[kept] = np.diff([*instants, count]) * step
+    off = np.maximum(np.abs(lengths - times) - 5.0, 0.0)
+    return float((off / np.maximum(times, np.median(times[times > 0]))).mean() + 0.1 * count / len(times))
+
+
+def _lay_out(times: NumpyArray, step: float) -> tuple[list[int], list[int], int]:
+    """Returns which pictures are not lost at an interval, their first instants, and how many instants there are."""
+    kept, instants, begin = [0], [0], float(times[0]) / step
+    for i, duration in enumerate((times[1:] / step).tolist(), 1):
+        instant = max(instants[-1] + 1, int(begin + 0.5))
+        begin += duration
+        if instant < begin:
+            kept.append(i)
+            instants.append(instant)
+    return kept, instants, max(instants[-1] + 1, int(begin + 0.5))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 import uuid
 import warnings
@@ -23,8 +24,12 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sora_jax.array_types import NumpyArray
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.picture_files import BROKEN_PICTURE, open_picture, upright_size
 
 INDEX_VERSION = 2
+MOST_BYTES = 2**31 - 2**20
+"""Of the frames of a record: a message of protobuf ends at 2 GiB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,8 @@ class ClipRecord:
         height, width: of every frame, in pixels.
         frames: encoded pictures.
         label: index of its class, -1 where it has none.
+        notes: what was done to the pictures of its file up to its end, such as a conversion of colours; for the
+            report, not stored.
     """
 
     clip_id: int
@@ -49,6 +56,7 @@ class ClipRecord:
     width: int
     frames: list[bytes]
     label: int = -1
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +133,47 @@ def clip_features(picture_format: str = "jpeg", label_names: Sequence[str] = ())
     )
 
 
+def check_record(record: ClipRecord, picture_format: str = "jpeg") -> None:
+    """Checks that a record holds what it promises.
+
+    Args:
+        record: to be stored.
+        picture_format: that its frames are encoded in.
+
+    Raises:
+        UnreadableClipError: there is no frame, a frame is not a picture of this format and of the record's size, the
+            rate is no positive number, or the text cannot be written in UTF-8.
+    """
+    if not record.frames:
+        raise UnreadableClipError("holds no frame")
+    with np.errstate(over="ignore"):
+        fps = float(np.float32(record.fps))  # as it is stored
+    if not (math.isfinite(fps) and fps > 0):
+        raise UnreadableClipError(f"gives no frame rate: {record.fps} frames a second")
+    for text in (record.caption, record.name):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UnreadableClipError(f"cannot be named in UTF-8: {text!r}") from error
+    for i, frame in enumerate(record.frames):
+        try:
+            with Image.open(io.BytesIO(frame)) as image:
+                size, found = (image.width, image.height), image.format
+        except BROKEN_PICTURE as error:
+            raise UnreadableClipError(f"frame {i} is no picture: {error}") from error
+        if size != (record.width, record.height):
+            promised = f"the clip is {record.width}x{record.height}"
+            raise UnreadableClipError(f"changes its size: frame {i} is {size[0]}x{size[1]} pixels, {promised}")
+        if found != picture_format.upper():
+            raise UnreadableClipError(f"frame {i} is stored as {found}, not as {picture_format.upper()}")
+    if (num_bytes := sum(map(len, record.frames))) > MOST_BYTES:
+        raise UnreadableClipError(f"is too large for a record: its {len(record.frames)} frames take {num_bytes} bytes")
+
+
 def to_example(record: ClipRecord, labelled: bool = False) -> dict[str, Any]:
     """Returns a record as the example that a TFDS builder yields, with its label where the features have one."""
     example = dataclasses.asdict(record)
+    del example["notes"]
     if not labelled:
         del example["label"]
     # An image feature takes a file object as what is already encoded.
@@ -169,9 +215,10 @@ def metadata_from_rows(rows: list[dict[str, Any]]) -> ClipMetadata:
 
 
 def picture_size(encoded: bytes) -> tuple[int, int]:
-    """Returns (height, width) of an encoded picture from its header."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width
+    """Returns (height, width) of an encoded picture, upright, from its header."""
+    with open_picture(io.BytesIO(encoded)) as image:
+        width, height = upright_size(image)
+        return height, width
 
 
 def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -> None:
@@ -203,5 +250,8 @@ def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
 def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a text file under a name of its own and renames it, so that no reader sees half of it."""
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

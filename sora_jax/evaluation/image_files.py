@@ -1,4 +1,8 @@
-"""Samples in files: the `.npz` of the community's evaluators, read as a stream, and folders of pictures."""
+"""Samples in files: the `.npz` of the community's evaluators, read as a stream, and folders of pictures.
+
+Pictures are read as when a data set is prepared (`sora_jax.data.pictures`): upright, in sRGB, 16 bits brought to 8,
+transparent pixels over white.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from sora_jax.array_types import Int
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.picture_files import is_picture, suffixes
+from sora_jax.data.pictures import read_picture
 
 ARRAY = "arr_0"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ImageFiles:
@@ -21,7 +26,8 @@ class ImageFiles:
 
     Attributes:
         path: an `.npz` file whose `arr_0` is (N, H, W, 3) uint8, or a folder of pictures, taken in the order of their
-            names; other files in it are not read.
+            names. A file in it is a picture by its name or by its content; others, hidden files (`._photo.png`,
+            `.DS_Store`) and folders are passed over.
         count: N.
         height, width: in pixels.
     """
@@ -38,9 +44,9 @@ class ImageFiles:
             raise FileNotFoundError(f"no samples at {self.path}.")
         self._pictures = []
         if self.path.is_dir():
-            self._pictures = sorted(file for file in self.path.iterdir() if file.suffix.lower() in PICTURES)
+            self._pictures = sorted(file for file in self.path.iterdir() if _is_picture(file))
             if not self._pictures:
-                raise ValueError(f"{self.path} holds no pictures ({', '.join(PICTURES)}).")
+                raise ValueError(f"{self.path} holds no pictures.")
             shape = (len(self._pictures), *_read_picture(self._pictures[0]).shape)
         else:
             with self.path.open("rb") as stream, _open_array(self.path, stream) as member:
@@ -51,7 +57,8 @@ class ImageFiles:
         """Yields the images in order, `size` at a time (the last ones fewer), uint8.
 
         Raises:
-            ValueError: a picture of another size than the first, or a file that ends too early.
+            ValueError: a picture that cannot be read whole, or is of another size than the first, or a file that ends
+                too early; the message names it.
         """
         starts = range(0, self.count, size)
         if self._pictures:
@@ -106,7 +113,20 @@ def _read_header(path: epath.Path, member: zipfile.ZipExtFile) -> tuple[int, int
     return shape
 
 
-def _read_picture(file: epath.Path) -> Int[np.ndarray, "height width 3"]:
-    """Returns a picture as RGB, uint8."""
+def _is_picture(file: epath.Path) -> bool:
+    """Returns whether a file of a folder is taken for a picture; a damaged one is."""
+    if file.name.startswith(".") or not file.is_file():
+        return False
+    if file.suffix.lower() in suffixes():
+        return True
     with file.open("rb") as stream:
-        return np.asarray(Image.open(stream).convert("RGB"))
+        return is_picture(stream, file.name)
+
+
+def _read_picture(file: epath.Path) -> Int[np.ndarray, "height width 3"]:
+    """Returns a picture as RGB, uint8; ValueError where it cannot be read whole, with its path."""
+    try:
+        with file.open("rb") as stream:
+            return np.asarray(read_picture(stream, file.name))
+    except UnreadableClipError as error:
+        raise ValueError(f"{file}: {error}.") from error

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sora_jax.data.videos import decode_video
 from sora_jax.generation.video_io import (
     check_writable,
     contact_sheet,
@@ -132,3 +133,15 @@ def test_a_long_caption_is_cut_to_the_sheet():
     for clips, captions in (([], []), ([coloured(2, 8, 8)], [])):
         with pytest.raises(ValueError, match="a caption for each"):
             contact_sheet(clips, captions)
+
+
+@pytest.mark.parametrize("scale", [1, 24])
+def test_a_written_video_keeps_its_colours_at_any_size(tmp_path, scale):
+    """A file that names no matrix is read as BT.601 or BT.709 by its size; both sides must agree."""
+    colours = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [230, 230, 230]]], np.uint8)
+    frames = colours.repeat(16, 0).repeat(24, 1)[None].repeat(2, 0)
+    path = write_video(tmp_path / "a.mp4", frames, 10, scale)
+    read, fps = decode_video(str(path))
+    assert read.shape == (2, 32 * scale, 48 * scale, 3) and fps == 10
+    centres = read[0, 8 * scale :: 16 * scale, 12 * scale :: 24 * scale].astype(int)
+    np.testing.assert_allclose(centres, colours, atol=3)

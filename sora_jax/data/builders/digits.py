@@ -18,7 +18,7 @@ from etils import epath
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
+from sora_jax.data.builders.clip_dataset import ClipDataset
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import STILL_FPS, UnreadableClipError
 from sora_jax.data.records import ClipRecord
@@ -32,7 +32,7 @@ _UNSEEN_SHARE = 0.1
 _ROUNDING = 5.001e-4  # half of the last decimal that the package keeps
 
 
-class Digits(ClipDatasetBuilder, skip_registration=True):
+class Digits(ClipDataset):
     """Handwritten digits as stills."""
 
     name = "digits"

