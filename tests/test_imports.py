@@ -21,7 +21,7 @@ ALLOWED = {
     "parallel": BASE | {"models"},
     "training": BASE | {"data", "diffusion", "patches", "models", "parallel"},
     "generation": BASE | {"diffusion", "patches", "models", "parallel", "training"},
-    "evaluation": BASE | {"diffusion", "patches", "models", "parallel"},
+    "evaluation": BASE | {"data", "diffusion", "patches", "models", "parallel"},
     "convert": BASE | {"models", "patches", "evaluation"},
 }
 

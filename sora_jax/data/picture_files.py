@@ -2,8 +2,8 @@
 
 Their name decides nothing, except for TGA before version 2, which has no mark of its own. Formats that are documents
 or drawings (EPS, PDF, SVG, WMF), cursors, and data without a range (FITS, HDF5, GRIB) are no pictures here; nothing is
-run to read one. What a library calls a frame is a moment in four formats alone (`ANIMATED`). Of all others one picture
-is read:
+run to read one. What a library calls a frame is a moment only in formats whose frames have times (`ANIMATED`). Of
+all others one picture is read:
 
 - TIFF: the largest page, the first of equals; pages marked as reduced copies or as masks are passed over;
 - MPO (a JPEG with previews, a gain map or a second eye behind it): the first, which is the JPEG itself;
@@ -14,6 +14,7 @@ is read:
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import struct
 import warnings
@@ -24,7 +25,7 @@ from PIL import ExifTags, Image
 
 from sora_jax.data.errors import UnreadableClipError
 
-ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF", "FLI"})
+ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
 """Formats whose frames have times."""
 
 MOST_PIXELS_A_SIDE = 65_535
@@ -49,7 +50,7 @@ BROKEN_PICTURE = (
 
 _FORMATS = (
     *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM", "ICO", "ICNS", "PSD", "DDS", "QOI", "PCX"),
-    *("SGI", "SUN", "FLI", "XBM", "XPM"),
+    *("SGI", "SUN", "XBM", "XPM"),
 )
 _TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,7 +72,8 @@ _HEIF_BRANDS = frozenset(
 )
 
 pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-# Pillow warns of large pictures, odd EXIF and the like; a picture that is not right ends in an error here.
+# Pillow warns of large pictures, odd EXIF and the like, and logs; a picture that is not right ends in an error here.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

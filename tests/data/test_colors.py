@@ -1,6 +1,7 @@
 """Deep pictures, colour spaces and transparency, against formulas in float64."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -171,6 +172,29 @@ def test_a_conversion_is_noted():
     notes = []
     to_srgb(image, notes.append)
     assert notes == ["converted from another RGB to sRGB"]
+
+
+def cmyk_profile():
+    """Returns a profile (ICC.1:2010, lut8Type) in which black ink takes L* from 100 to 0, and the others to 80."""
+    ramp = bytes(range(256))
+    corners = [0 if ink & 1 else 100 - 20 * bool(ink) for ink in range(16)]  # black varies fastest
+    values = b"".join(bytes([round(lightness * 2.55), 128, 128]) for lightness in corners)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65536)
+    lut += ramp * 4 + values + ramp * 3
+    head = struct.pack(">I4sI4s4s4s", 0, bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ") + bytes(12) + b"acsp"
+    head = head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    profile = head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(lut)) + lut
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])  # Adobe's JPEG stores CMYK inverted
+def test_the_profile_of_cmyk_is_converted(kind):
+    inks = np.zeros((64, 96, 4), np.uint8)
+    inks[:32, 48:, 1], inks[32:, :48, 3], inks[32:, 48:, 3] = 255, 255, 51
+    data = saved(Image.frombytes("CMYK", (96, 64), inks.tobytes()), kind, icc_profile=cmyk_profile())
+    lightness = np.array([100, 80, 0, 80])
+    light = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    np.testing.assert_allclose(centers(read(data)), from_linear(light)[:, None].repeat(3, 1), atol=4)
 
 
 def test_cmyk_and_lab():

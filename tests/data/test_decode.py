@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sora_jax.data.decode import UnreadableClipError, decode_frames
+from sora_jax.data.records import picture_size
 
 
 def encode(array, kind="PNG", **options):
@@ -62,7 +63,9 @@ def test_a_stored_jpeg_is_turned_as_its_exif_says(size):
     exif[0x0112] = 6  # the first row of what is stored is the right side of what is shown
     stored = np.zeros((20, 40, 3), np.uint8)
     stored[:10] = 255
-    frame = decode_frames([encode(stored, "JPEG", exif=exif)], *size)[0]
+    data = encode(stored, "JPEG", exif=exif)
+    assert picture_size(data) == (40, 20)
+    frame = decode_frames([data], *size)[0]
     assert frame.shape == (*size, 3)
     assert frame[:, -1].min() > 240 and frame[:, 0].max() < 15
 

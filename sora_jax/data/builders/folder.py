@@ -3,6 +3,9 @@
 Each line of `captions.jsonl` is an object with `file` (relative to the folder), `caption`, and optionally `split` and
 `label`, the name of the file's class, which every line has or none. Files without a line, lines without a file, lines
 that are not as they should be, and files that cannot be read whole are left out and named.
+
+A file is what its content says, whatever its name: a picture or an animation that Pillow reads (HEIC and AVIF too),
+which becomes upright and sRGB as `sora_jax.data.pictures` describes, or else a video.
 """
 
 from __future__ import annotations
