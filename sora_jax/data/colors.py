@@ -86,8 +86,6 @@ def to_srgb(image: Image.Image, note: Callable[[str], None] = lambda kind: None)
         image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("RGB")
-    if profile is None and image.mode == "LAB":
-        profile = _lab_profile()
     if profile is not None:
         image = _converted(image, profile, note)
     image = image.convert("RGB")
@@ -187,11 +185,6 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     probe = Image.fromarray(grid if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     seen = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int)
     return transform if np.abs(seen - np.asarray(probe.convert("RGB"))).max() > _SAME else None
-
-
-@functools.lru_cache(maxsize=1)
-def _lab_profile() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
 @functools.lru_cache(maxsize=64)

@@ -271,6 +271,7 @@ def test_transparent_colours():
     grey = centers(read(saved(Image.fromarray(WIDE), "PNG", transparency=49 * 257)))
     np.testing.assert_allclose(grey, np.array([81, 130, 255, 230])[:, None].repeat(3, 1), atol=1)
     deep = (quarters().astype(np.uint16) * 257).astype(">u2")
+    deep[:32, 48:] = 0x1234
     clear = (b"tRNS", deep[0, -1].tobytes())
     np.testing.assert_allclose(
         centers(read(png(deep, chunks=[clear]))), [QUARTERS[0], (255, 255, 255), *QUARTERS[2:]], atol=1

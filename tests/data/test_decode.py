@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from picture_samples import tiff
 from PIL import Image
 
 from sora_jax.data.decode import UnreadableClipError, decode_frames
@@ -65,9 +66,13 @@ def test_a_stored_jpeg_is_turned_as_its_exif_says(size):
     stored[:10] = 255
     data = encode(stored, "JPEG", exif=exif)
     assert picture_size(data) == (40, 20)
+    assert picture_size(tiff(stored, 2, extra=[(274, 3, 1, 6), (700, 1, 4, 0x20202020)])) == (40, 20)  # and XMP
     frame = decode_frames([data], *size)[0]
     assert frame.shape == (*size, 3)
     assert frame[:, -1].min() > 240 and frame[:, 0].max() < 15
+    stored[::2], stored[1::2] = 255, 0  # stripes that a draft at half the size would lose
+    (frame,) = decode_frames([encode(stored, "JPEG", exif=exif, quality=95)], 10, 20)
+    assert frame[:, 1::2].min() > 200 and frame[:, ::2].max() < 55
 
 
 def test_a_broken_frame_is_named():

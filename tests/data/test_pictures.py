@@ -191,11 +191,19 @@ def test_an_animation_keeps_its_own_times(tmp_path, kind):
 
 def test_a_picture_that_stands_comes_as_the_same_object(tmp_path):
     first, second = colored("red", "blue")
-    first.save(tmp_path / "a.gif", save_all=True, append_images=[second], duration=[50, 150])
-    fps, frames = open_animation(str(tmp_path / "a.gif"))
+    first.save(tmp_path / "a.png", save_all=True, append_images=[second], duration=[50, 150])
+    fps, frames = open_animation(str(tmp_path / "a.png"))
     frames = list(frames)
     assert fps == pytest.approx(20) and len(frames) == 4
-    assert frames[1] is frames[2] is frames[3] and frames[0].getpixel((0, 0)) == (255, 0, 0)
+    assert frames[1] is frames[2] is frames[3] and frames[3].getpixel((0, 0)) == (0, 0, 255)
+    assert frames[0].getpixel((0, 0)) == (255, 0, 0)  # what comes later changes nothing that came
+
+
+@pytest.mark.parametrize(("duration", "fps"), [(0, 10), (10, 10), (20, 50)])
+def test_the_shortest_times_are_those_of_browsers(tmp_path, duration, fps):
+    first, second = colored("red", "blue")
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second], duration=duration)
+    assert open_animation(str(tmp_path / "a.gif"))[0] == pytest.approx(fps)
 
 
 def test_the_default_picture_of_an_apng_is_no_moment(tmp_path):
