@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
         label = ("dark", "bright")[i % 2]
         lines.append(json.dumps({"file": f"{i}.png", "caption": f"picture {i}", "split": split, "label": label}))
     (source / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = ["folder", "--source", str(source), "--output", str(folder / "data"), "--num-workers", "1"]
+    arguments = ["folder", "--source", str(source), "--output", str(folder / "data"), "--num-workers", "0"]
     assert prepare_data.main(arguments) == 0
     (folder / "vit.py").write_text(VIT.replace("{classes}", "2"))
     (folder / "three.py").write_text(VIT.replace("{classes}", "3"))

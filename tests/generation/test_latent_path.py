@@ -45,7 +45,7 @@ def test_from_pictures_to_samples_through_the_autoencoder(tmp_path):
         lines.append(json.dumps({"file": f"{i}.png", "caption": f"{i}", "split": split, "label": "ab"[i % 2]}))
     (pictures / "captions.jsonl").write_text("\n".join(lines) + "\n")
     data, vae = tmp_path / "data", str(write_autoencoder(tmp_path / "vae"))
-    folder = ["folder", "--source", str(pictures), "--output", str(data), "--num-workers", "1"]
+    folder = ["folder", "--source", str(pictures), "--output", str(data), "--num-workers", "0"]
     assert prepare_data.main(folder) == 0
     latents = ["latents", "--source", str(data / "clip_folder"), "--vae", vae, "--image-size", "8"]
     assert prepare_data.main([*latents, "--output", str(data), "--batch-size", "4"]) == 0
