@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     assert report["splits"]["train"]["num_stills"] == 2  # a file in it may be read nevertheless
     assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == {
         "closed": "folder cannot be listed: Permission denied",
-        "closed/c.png": "missing: the folder does not hold it",
+        "closed/c.png": "missing: the folder 'closed' cannot be listed",
     }
 
 

@@ -64,6 +64,20 @@ def test_an_error_of_one_file_leaves_out_all_of_its_clips(tmp_path, error, reaso
     assert encode(tasks_of(tmp_path, "a", "b", "c"), convert, tmp_path) == ([0, 2], {"b": reason})
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_opened_is_named_by_the_error(tmp_path, monkeypatch, error):
+    tasks, opened = tasks_of(tmp_path, "a.png", "b.mp4"), open
+
+    def refusing(path, *args, **kwargs):
+        if str(path) in [task.path for task in tasks]:
+            raise OSError(error, os.strerror(error), path)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    reason = f"cannot be read: {os.strerror(error)}"
+    assert encode(tasks, folder.Converter(), tmp_path) == ([], {"a.png": reason, "b.mp4": reason})
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE])
 def test_an_error_of_the_system_stops(tmp_path, code):
     def convert(task, encoding):

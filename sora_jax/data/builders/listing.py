@@ -10,6 +10,7 @@ import collections
 import functools
 import ntpath
 import os
+import pathlib
 import unicodedata
 
 MOST_TOLD = 3  # files that are named where none is quite the one that is asked for
@@ -38,15 +39,14 @@ class Folder:
 
     Attributes:
         files: names relative to `root`, with slashes; whatever is not a folder.
-        folders: names of the folders in it.
         skipped: folders that cannot be listed, as `file` and `reason`.
     """
 
     def __init__(self, root: str):
         self.root = os.path.abspath(root)
         self.files: set[str] = set()
-        self.folders: set[str] = set()
         self.skipped: list[dict[str, str]] = []
+        self._closed: set[str] = set()
         seen = {_identity(self.root)}
         own, linked = collections.deque([""]), collections.deque()
         while own or linked:
@@ -68,13 +68,13 @@ class Folder:
                 found = sorted((entry.name, entry.is_symlink(), _is_folder(entry)) for entry in entries)
         except OSError as error:
             self.skipped.append({"file": printable(folder), "reason": f"folder cannot be listed: {error.strerror}"})
+            self._closed.add(folder)
             return
         for entry, is_link, is_folder in found:
             name = f"{folder}/{entry}" if folder else entry
             if entry.startswith("."):
                 continue
             if is_folder:
-                self.folders.add(name)
                 (linked if is_link else own).append(name)
             else:
                 self.files.add(name)
@@ -95,18 +95,15 @@ class Folder:
         for relative in inside:
             if relative == "." or os.path.isdir(self.path(relative)):
                 raise ValueError("is no file: a folder")
+            if closed := self._closed.intersection(map(str, pathlib.PurePosixPath(relative).parents)):
+                raise ValueError(f"missing: the folder {closed.pop()!r} cannot be listed")
         raise ValueError("missing: the folder does not hold it" + self._hint(inside[-1]))
 
     def _relative(self, name: str) -> str | None:
         """Returns a path as one relative to the folder, without dots; None where it leads out of it."""
         path = os.path.normpath(os.path.join(self.root, name))
         path = f"/{path.lstrip('/')}" if path.startswith("/") else path  # two slashes at the start are kept else
-        for given, root in ((path, self.root), (_real(path), os.path.realpath(self.root))):
-            if given == root:
-                return "."
-            if given.startswith(root.rstrip("/") + "/"):
-                return given[len(root.rstrip("/")) + 1 :]
-        return None
+        return _below(path, self.root) or _below(_real(path), os.path.realpath(self.root))
 
     def _match(self, relative: str) -> str | None:
         """Returns the file that is called so: to the letter, but for how accents are composed, or by way of links."""
@@ -143,6 +140,14 @@ class Folder:
         alike = self._by_letters.get(_letters(relative), [])
         closest = [name for name in alike if name.casefold() == relative.casefold()] or alike
         return f"; it holds {', '.join(map(repr, closest[:MOST_TOLD]))}" if closest else ""
+
+
+def _below(path: str, root: str) -> str | None:
+    """Returns a path relative to a folder, "." for itself; None where it lies elsewhere."""
+    if path == root:
+        return "."
+    start = root.rstrip("/") + "/"
+    return path[len(start) :] if path.startswith(start) else None
 
 
 def _letters(name: str) -> str:
