@@ -246,7 +246,7 @@ def _records(
         }
         if source.label_names:
             example["label"] = int(meta.labels[index])
-        yield example["clip_id"], features.serialize_example(example)
+        yield example["clip_id"], writer.serialize(features, example)
         bar.update(1)
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sora_jax.data.builders.listing import printable
-from sora_jax.data.builders.writer import Part, is_finished, naming_output, write_part
+from sora_jax.data.builders.writer import Part, is_finished, naming_output, serialize, write_part
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.records import ClipRecord, check_record, clip_features, to_example
 
@@ -307,7 +307,7 @@ class _Job:
                 if not 0 <= record.clip_id - task.file_id * CLIP_ID_STRIDE < CLIP_ID_STRIDE:
                     raise UnreadableClipError(f"gives more than {CLIP_ID_STRIDE} clips; longer clips make fewer")
                 example = to_example(dataclasses.replace(record, label=label), labelled=bool(self.label_names))
-                yield record.clip_id, features.serialize_example(features.encode_example(example)), record.notes
+                yield record.clip_id, serialize(features, features.encode_example(example)), record.notes
         except MemoryError as error:
             raise UnreadableClipError("needs more memory than there is") from error
         except OSError as error:

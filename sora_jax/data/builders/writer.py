@@ -28,6 +28,7 @@ from array_record.python import array_record_module
 from etils import epath
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from sora_jax.array_types import NumpyArray
@@ -83,6 +84,15 @@ def forget_summary(path: epath.Path) -> None:
 
 def _summary_path(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.json"
+
+
+def serialize(features: Any, example: Mapping[str, Any]) -> bytes:
+    """Returns an example as the record that is stored: the same bytes in every process.
+
+    Protobuf writes the keys of an example in an order that each process draws anew, unless it is asked for a fixed one.
+    """
+    record = tf_example_pb2.Example.FromString(features.serialize_example(example))
+    return record.SerializeToString(deterministic=True)
 
 
 def write_part(
