@@ -224,7 +224,9 @@ def write_shards(directory: epath.Path, dataset: str, split: str, parts: Sequenc
             if not path.exists():
                 with _RecordWriter(path) as writer:
                     for place in order[start:end]:
-                        writer.write(_read_record(reader(int(owners[place])), int(rows[place]), parts[owners[place]]))
+                        writer.write(
+                            _read_record(reader(int(owners[place])), int(rows[place]), parts[owners[place]].path)
+                        )
                         bar.update(1)
     return Split(split, np.diff((0, *ends)).tolist(), int(sizes.sum()), digests[order])
 
@@ -247,14 +249,12 @@ def _open_reader(path: epath.Path) -> Any:
         raise _damaged(path, error) from error
 
 
-def _read_record(reader: Any, row: int, part: Part) -> bytes:
-    """Reads one record of a part; ValueError where it is not the one that was written."""
+def _read_record(reader: Any, row: int, path: epath.Path) -> bytes:
+    """Reads one record of the part at `path`; ArrayRecord checks that it is the one that was written."""
     try:
         (record,) = reader.read([row])
     except (RuntimeError, IndexError) as error:
-        raise _damaged(part.path, error) from error
-    if hashlib.sha256(record).digest() != part.digests[row].tobytes():
-        raise _damaged(part.path, f"record {row} is not the one that was written")
+        raise _damaged(path, error) from error
     return record
 
 
