@@ -15,8 +15,9 @@ Examples:
     python experiments/prepare_data.py folder --source ~/clips --output data --max-side 256
     python experiments/prepare_data.py latents --source data/stills --vae models/sd_vae_ft_mse --output data
 
-An interrupted run goes on where it stopped when it is started again with the same arguments. The last line printed
-is the value for `data.path` of a training config.
+An interrupted run goes on where it stopped when it is started again with the same arguments. The memory does not grow
+with the frames; on the disk, a set of clips stands twice until it is complete. The last line printed is the value for
+`data.path` of a training config.
 """
 
 from __future__ import annotations
