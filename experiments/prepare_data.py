@@ -26,7 +26,6 @@ import hashlib
 import json
 import logging
 import sys
-import warnings
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from setups.process import prepare_process
 
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
 from sora_jax.data.builders.parts import Encoding
@@ -363,5 +363,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    prepare_process()
     sys.exit(main())

@@ -35,6 +35,7 @@ import rich.table
 import tyro
 from etils import epath
 from setups.host_memory import keep_freed_memory
+from setups.process import prepare_process
 from setups.sora import SoraSetup
 
 from sora_jax.config import ExperimentConfig, PackedDataConfig, SoraConfig, StudyConfig
@@ -348,6 +349,7 @@ def train_one(
         setup.config,
         workdir,
         setup.open_batches,
+        data_fingerprints=setup.data_fingerprints,
         init_from=setup.initial_params(init_from) if init_from else None,
         sample_sheet=setup.sample_sheet,
         attention_for=setup.attention_for,
@@ -359,5 +361,6 @@ def train_one(
 
 
 if __name__ == "__main__":
+    prepare_process()
     keep_freed_memory()
     sys.exit(main())

@@ -6,7 +6,7 @@ A data set that `experiments/prepare_data.py` wrote, or any prepared TFDS data s
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from sora_jax.data.layout import RecordLayout
 from sora_jax.data.records import ClipMetadata, metadata_from_rows, parse_example, read_index, write_index
+
+# Indices of data sets that cannot be written to, by path and split: a run opens a split several times.
+_UNWRITTEN: dict[tuple[str, str], ClipMetadata] = {}
 
 
 class ClipSource:
@@ -88,15 +91,21 @@ class ClipSource:
 
     def _index(self, split: str, info: Any) -> ClipMetadata:
         """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them."""
-        metadata = read_index(self.path, split)
+        metadata = _UNWRITTEN.get((self.path, split)) or read_index(self.path, split)
         if metadata is not None and len(metadata) == info.num_examples:
             return metadata
         records = open_records(info.file_instructions)
         progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
         files = info.file_instructions
         metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
-        with contextlib.suppress(OSError):  # where the data set is read-only, the pass is made again next time
+        try:
             write_index(epath.Path(self.path), split, metadata)
+        except OSError as error:
+            _UNWRITTEN[self.path, split] = metadata
+            warnings.warn(
+                f"{self.path} takes no index of {split} ({error.strerror or error}): it is made again at each start.",
+                stacklevel=4,
+            )
         return metadata
 
 

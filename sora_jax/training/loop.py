@@ -118,6 +118,7 @@ def train(
     workdir: epath.PathLike,
     open_batches: OpenBatches,
     *,
+    data_fingerprints: Callable[[], dict[str, str]] | None = None,
     init_from: epath.PathLike | Callable[[], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
     attention_for: Callable[[Mesh], AttentionFn | None] | None = None,
@@ -129,6 +130,8 @@ def train(
         config: of the experiment.
         workdir: of the run (see `sora_jax.training.run_directory`).
         open_batches: opens a split.
+        data_fingerprints: digests by which the run knows its data again (`sora_jax.data.identity`), by split; without
+            it, by the text of `data.path`.
         init_from: a run or an exported model whose averaged parameters a new run starts from, or a function that
             returns parameters; an old run goes on from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
@@ -140,6 +143,7 @@ def train(
 
     Raises:
         ConfigChangedError: the directory holds a run with another config.
+        DataChangedError: the directory holds a run on other data.
         NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
         ValueError: a config that cannot work, an exported model at `workdir`, a damaged checkpoint, parameters of
             another model, or a split without batches. What fails up to the first batch leaves no new directory behind.
@@ -150,10 +154,15 @@ def train(
         raise ValueError(f"{workdir} holds an exported model, which a run would spoil: choose another --workdir.")
     first_step = latest_step(workdir)
     if first_step is not None:
-        run_directory.check_config(workdir, config, first_step)
+        run_directory.check_config(workdir, config, first_step, path_may_change=data_fingerprints is not None)
+    fingerprints, notes = _check_data(config, workdir, first_step, data_fingerprints)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     done = run_directory.done_step(workdir)
     # Where the last checkpoint was removed, the run goes on from what is left.
     if done is not None and first_step is not None and config.num_steps <= min(done, first_step):
+        if notes:
+            run_directory.write_moved(workdir, config, fingerprints)
         return Outcome.ALREADY_FINISHED
 
     mesh = make_mesh(config.mesh)
@@ -180,6 +189,7 @@ def train(
             state = init_state(task, tx, shardings)
         if jax.process_index() == 0:
             run_directory.write_config(workdir, config)
+            run_directory.write_data(workdir, fingerprints)
             (workdir / "DONE").unlink(missing_ok=True)
         telemetry = stack.enter_context(
             contextlib.closing(Telemetry(workdir, first_step or 0, config.num_steps, console))
@@ -335,6 +345,32 @@ def global_rows(config: ExperimentConfig, accumulation: int | None, sharding: Na
     rows = np.arange(batches * config.data.batch_size, dtype=np.int32).reshape(batches, hosts, -1)
     local = rows[:, jax.process_index()]
     return to_global(local if accumulation else local[0], sharding)
+
+
+def _check_data(
+    config: ExperimentConfig,
+    workdir: epath.Path,
+    first_step: int | None,
+    data_fingerprints: Callable[[], dict[str, str]] | None,
+) -> tuple[dict[str, str], list[str]]:
+    """Returns what a run records of its data, and what there is to say of it; the same on all hosts.
+
+    Raises:
+        DataChangedError: it is not the run's data.
+        ValueError: the hosts do not read the same data.
+    """
+    if data_fingerprints is None:
+        return {}, []
+    recorded = run_directory.read_data(workdir) if first_step is not None else {}
+    of_hosts = gather_json([recorded, data_fingerprints()])
+    recorded, found = of_hosts[0]
+    for process, (_, other) in enumerate(of_hosts):
+        if other != found:
+            raise ValueError(
+                f"data.path {config.data.path!r} holds other data on host {process} ({other}) than on host 0 ({found})."
+            )
+    notes = run_directory.check_data(workdir, config, recorded, found) if first_step is not None else []
+    return {**recorded, **found}, notes if jax.process_index() == 0 else []
 
 
 def _next_batch(batches: Batches, split: str) -> PyTree:

@@ -17,7 +17,7 @@ def test_a_table_holds_each_caption_once_and_the_null_caption(tmp_path):
         calls.extend(captions)
         return encode(captions)
 
-    table = CaptionTable.build(["frog", "red heart", "frog"], counting, tmp_path / "table")
+    table = CaptionTable.build(["frog", "red heart", "frog"], counting).save(tmp_path / "table")
     assert calls == ["", "frog", "red heart"]
     for reopened in (table, CaptionTable.load(tmp_path / "table"), pickle.loads(pickle.dumps(table))):
         np.testing.assert_array_equal(reopened.lookup("frog"), np.full((6, 3), 4.0))
@@ -31,7 +31,7 @@ def test_a_failing_encoder_leaves_no_table(tmp_path):
         raise RuntimeError("no encoder")
 
     with pytest.raises(RuntimeError):
-        CaptionTable.build(["frog"], failing, tmp_path / "table")
+        CaptionTable.build(["frog"], failing).save(tmp_path / "table")
     with pytest.raises(ValueError, match="no caption table at"):
         CaptionTable.load(tmp_path / "table")
 
