@@ -27,7 +27,7 @@ from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
-from sora_jax.training import run_directory
+from sora_jax.training import checkpoint_folder, run_directory
 from sora_jax.training.checkpoint import Checkpointer, latest_step, load_model
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import (
@@ -103,6 +103,11 @@ class _Run:
         self.checkpointer.save(step, state, places, held_out_loss)
         self.telemetry.flush()
 
+    def check(self, state: TrainState) -> None:
+        """Raises what has gone wrong so far: an update that was bad, or a checkpoint that could not be written."""
+        self.require_finite(state)
+        self.checkpointer.check()
+
     def require_finite(self, state: TrainState) -> None:
         """Raises NonFiniteLossError where an update so far was bad; the last good checkpoint stays."""
         bad = int(jax.device_get(state.bad_step))
@@ -145,6 +150,7 @@ def train(
         ConfigChangedError: the directory holds a run with another config.
         DataChangedError: the directory holds a run on other data.
         NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
+        OSError: what the run writes cannot be written, naming the last whole checkpoint.
         ValueError: a config that cannot work, an exported model at `workdir`, a damaged checkpoint, parameters of
             another model, or a split without batches. What fails up to the first batch leaves no new directory behind.
     """
@@ -165,6 +171,8 @@ def train(
             run_directory.write_moved(workdir, config, fingerprints)
         return Outcome.ALREADY_FINISHED
 
+    saved = {*range(config.save_every, config.num_steps, config.save_every), config.num_steps}
+    checkpoint_folder.check_places(workdir, {step for step in saved if step > (first_step or 0)})
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, dict(mesh.shape))
     task = make_task(config, attention_for(mesh) if attention_for else None)
@@ -173,6 +181,7 @@ def train(
     start = _initial_params(task, init_from) if first_step is None else None
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(checkpoint_folder.naming_what_is_kept(workdir))
         guard = stack.enter_context(PreemptionGuard())
         batches = stack.enter_context(contextlib.closing(open_batches(config.data.split, True)))
         # A new run whose data gives no batch writes nothing. No state is saved before this batch has been used.
@@ -199,6 +208,8 @@ def train(
             f"{'starting' if first_step is None else 'continuing'} at step {first_step or 0} of {config.num_steps}: "
             f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
         )
+        for path in checkpoint_folder.strangers(workdir):
+            telemetry.say(f"{path} is no checkpoint of this run; it is left alone")
         run = _Run(task, config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
         train_step = make_train_step(task, tx, mesh, shardings)
         held_out = HeldOut(task, open_batches, mesh, make_eval_step(task, mesh, shardings.params))
@@ -233,7 +244,7 @@ def _steps(
 
         if step % config.log_every == 0 or step == config.num_steps:
             fetched = jax.device_get(pending)
-            run.require_finite(state)
+            run.check(state)
             figures = interval_figures(
                 fetched, stopwatch.elapsed(), stopwatch.waited, run.task, list(mesh.devices.flat)
             )
