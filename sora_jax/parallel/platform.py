@@ -57,7 +57,7 @@ def may_have_tpu(root: str = "/", environment: Mapping[str, str] = os.environ) -
     prefixes = ("TPU_", "CLOUD_TPU_", "JAX_FORCE_TPU_INIT")
     if any(name.startswith(prefixes) and name not in _SAY_NOTHING for name in environment):
         return True
-    devices = ("dev/accel*", "dev/accel/accel*", "dev/vfio/[0-9]*")
+    devices = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
     if any(glob.glob(os.path.join(root, pattern)) for pattern in devices):
         return True
     return any(map(_may_be_tpu, glob.glob(os.path.join(root, "sys/bus/pci/devices/*"))))
