@@ -90,22 +90,29 @@ class ClipSource:
         return [frames[i] for i in frame_indices]
 
     def _index(self, split: str, info: Any) -> ClipMetadata:
-        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them."""
-        metadata = _UNWRITTEN.get((self.path, split)) or read_index(self.path, split)
+        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them.
+
+        Where that cannot be written to, this process alone keeps it, and says so.
+        """
+        metadata = read_index(self.path, split)
         if metadata is not None and len(metadata) == info.num_examples:
             return metadata
-        records = open_records(info.file_instructions)
-        progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
-        files = info.file_instructions
-        metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
+        metadata = _UNWRITTEN.get((self.path, split))
+        told = metadata is not None and len(metadata) == info.num_examples
+        if not told:
+            files = info.file_instructions
+            records = open_records(files)
+            progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
+            metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
         try:
             write_index(epath.Path(self.path), split, metadata)
         except OSError as error:
             _UNWRITTEN[self.path, split] = metadata
-            warnings.warn(
-                f"{self.path} takes no index of {split} ({error.strerror or error}): it is made again at each start.",
-                stacklevel=4,
-            )
+            reason = error.strerror or error
+            if not told:
+                warnings.warn(
+                    f"{self.path} takes no index of {split} ({reason}): it is made again at each start.", stacklevel=4
+                )
         return metadata
 
 
