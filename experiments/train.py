@@ -5,7 +5,8 @@ CONFIG is the name of a file in experiments/configs/ or the path of a Python fil
 An experiment on a likelihood (swiss_roll, heartbeat, dead_leaves, ddpm_digits) or on recognition (ViT, ViViT, NaViT)
 trains a run for each of its seeds, and for each of a grid of learning rates where it has one, and ends with a report: a
 table, pictures in WORKDIR and, with --json, its figures. Starting again in the same WORKDIR
-continues exactly where the run stopped. Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
+continues exactly where the run stopped; its data may have moved meanwhile (--data.path), but must hold the same.
+Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
 line says which, and WORKDIR/DONE exists only when it has finished), 1 when it failed, 2 for an unusable command line.
 
 Examples:

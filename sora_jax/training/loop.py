@@ -168,7 +168,12 @@ def train(
     # Where the last checkpoint was removed, the run goes on from what is left.
     if done is not None and first_step is not None and config.num_steps <= min(done, first_step):
         if notes:
-            run_directory.write_moved(workdir, config, fingerprints)
+            try:
+                run_directory.write_moved(workdir, config, fingerprints)
+            except OSError as error:  # a finished run may lie where nothing is written any more
+                console.print(
+                    f"{workdir} does not record it: {error.strerror or error}", highlight=False, soft_wrap=True
+                )
         return Outcome.ALREADY_FINISHED
 
     saved = {*range(config.save_every, config.num_steps, config.save_every), config.num_steps}
