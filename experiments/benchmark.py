@@ -19,6 +19,7 @@ import sys
 import tyro
 from benchmarks import data, dit, packing, samplers, waste
 from setups.host_memory import keep_freed_memory
+from setups.process import prepare_process
 
 from sora_jax.generation.video_io import check_writable, write_whole
 
@@ -50,5 +51,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

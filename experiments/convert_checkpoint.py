@@ -28,6 +28,7 @@ import tyro
 from etils import epath
 from rich.console import Console
 from rich.table import Table
+from setups.process import prepare_process
 
 from sora_jax.convert.ddpm import convert_ddpm
 from sora_jax.convert.dit import convert_dit
@@ -268,4 +269,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

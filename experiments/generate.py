@@ -15,13 +15,14 @@ import json
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
+import emoji
 import numpy as np
 import tyro
 from etils import epath
+from setups.process import prepare_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,12 +243,13 @@ def check_file(length: int, height: int, width: int, fps: float, scale: int | No
 
 
 def slug(prompt: str) -> str:
-    """Returns a prompt as the part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "unconditional"
+    """Returns a prompt as the part of a file name, emoji by their names."""
+    words = emoji.demojize(prompt, delimiters=(" ", " ")).lower()
+    return re.sub(r"[\W_]+", "-", words).strip("-")[:40].strip("-") or "unconditional"
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    prepare_process()
     try:
         main(tyro.cli(GenerateOptions, description=__doc__))
     except (ValueError, OSError) as error:

@@ -21,6 +21,7 @@ import jax
 import rich.console
 import rich.table
 import tyro
+from setups.process import prepare_process
 from train import config_names, load_config
 
 from sora_jax.config import ExperimentConfig, SoraConfig
@@ -106,4 +107,5 @@ def plan_table(name: str, plan: StepPlan) -> rich.table.Table:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main(sys.argv[1:]))

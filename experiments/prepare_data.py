@@ -28,7 +28,6 @@ import hashlib
 import json
 import logging
 import sys
-import warnings
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,6 +36,7 @@ from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from setups.process import prepare_process
 
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
 from sora_jax.data.builders.listing import printable
@@ -389,5 +389,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    prepare_process()
     sys.exit(main())

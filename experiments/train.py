@@ -5,7 +5,8 @@ CONFIG is the name of a file in experiments/configs/ or the path of a Python fil
 An experiment on a likelihood (swiss_roll, heartbeat, dead_leaves, ddpm_digits) or on recognition (ViT, ViViT, NaViT)
 trains a run for each of its seeds, and for each of a grid of learning rates where it has one, and ends with a report: a
 table, pictures in WORKDIR and, with --json, its figures. Starting again in the same WORKDIR
-continues exactly where the run stopped. Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
+continues exactly where the run stopped; its data may have moved meanwhile (--data.path), but must hold the same.
+Exit codes: 0 when the run has finished or was preempted (SIGTERM; its last
 line says which, and WORKDIR/DONE exists only when it has finished), 1 when it failed, 2 for an unusable command line.
 
 Examples:
@@ -35,6 +36,7 @@ import rich.table
 import tyro
 from etils import epath
 from setups.host_memory import keep_freed_memory
+from setups.process import prepare_process
 from setups.sora import SoraSetup
 
 from sora_jax.config import ExperimentConfig, PackedDataConfig, SoraConfig, StudyConfig
@@ -348,6 +350,7 @@ def train_one(
         setup.config,
         workdir,
         setup.open_batches,
+        data_fingerprints=setup.data_fingerprints,
         init_from=setup.initial_params(init_from) if init_from else None,
         sample_sheet=setup.sample_sheet,
         attention_for=setup.attention_for,
@@ -359,5 +362,6 @@ def train_one(
 
 
 if __name__ == "__main__":
+    prepare_process()
     keep_freed_memory()
     sys.exit(main())

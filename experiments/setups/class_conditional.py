@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from etils import epath
 
 from setups import packed
 from sora_jax.array_types import PyTree
+from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.latents import LatentDataConfig, LatentRows, LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.evaluation import plots
@@ -30,6 +32,7 @@ class ClassConditionalSetup:
 
     Attributes:
         config: without the held-out splits that the data set lacks.
+        data_fingerprints: returns digests of the splits that are read.
 
     Raises:
         ValueError: no data set at `config.data.path`, other classes than the model's, or latents of another size.
@@ -40,6 +43,8 @@ class ClassConditionalSetup:
         self._sampler: ClassConditionalSampler | None = None
         self.config = packed.without_missing_splits(config, console)
         data = self.config.data
+        splits = (data.split, *(data.eval_splits if config.eval_every else ()))
+        self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
         latents = isinstance(data, LatentDataConfig)
         source = (LatentSource if latents else open_source)(data.path, data.split)
         if len(source.label_names) != config.model.num_classes:

@@ -18,6 +18,7 @@ from setups.study import Report
 from sora_jax.array_types import PyTree
 from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, StillsConfig, SwissRollConfig
 from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
+from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.toy import heartbeat_sequences, swiss_roll_log_density
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.binomial import null_bits
@@ -42,6 +43,7 @@ class DiffusionSetup:
 
     Attributes:
         config: of the experiment.
+        data_fingerprints: returns digests of the splits that are read, none of examples that are generated.
         attention_for: None; these networks have no kernel that needs a mesh.
         unit: of the report's figures.
         headline: key and name of the figure that the report is about.
@@ -57,6 +59,8 @@ class DiffusionSetup:
         self.config = config
         self._workdir, self._console = workdir, console
         self._task = diffusion_task(config)
+        splits = (config.data.split, *config.data.eval_splits)
+        self.data_fingerprints = functools.partial(data_fingerprints, config.data, splits)
         self._held_out = held_out_examples(config)  # before a run that could not be scored
 
     def initial_params(self, path: str) -> str:

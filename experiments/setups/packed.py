@@ -42,10 +42,12 @@ def caption_table(
     """Returns the token states of all captions of some splits; encodes them once and keeps them.
 
     The table lies beside the data set, or in the run's directory where that cannot be written. Its name is a digest
-    of the captions, the text encoder and `max_caption_tokens`, so none is ever used for another.
+    of the captions (as they stand and as they are read), the text encoder and `max_caption_tokens`, so none is ever
+    used for another.
 
     Raises:
-        ValueError: `text_dim`, the model's, is not the text encoder's.
+        ValueError: `text_dim`, the model's, is not the text encoder's, or it reads fewer than `max_caption_tokens`.
+        OSError: the table can be written neither beside the data nor in `workdir`.
     """
     from sora_jax.data.captions import CaptionTable
     from sora_jax.data.sources import find_dataset, open_source
@@ -56,23 +58,29 @@ def caption_table(
     encoder = load_text_encoder()
     if encoder.dim != text_dim:
         raise ValueError(f"text_dim of the model must be the text encoder's {encoder.dim}, got {text_dim}.")
-    content = json.dumps([encoder.fingerprint, data.max_caption_tokens, captions])
+    read = [encoder.spell_out(caption) for caption in captions]
+    content = json.dumps(
+        [encoder.fingerprint, data.max_caption_tokens, captions, *([read] if read != captions else [])]
+    )
     name = f"captions-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     places = (dataset / name, workdir / name)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        return encoder.encode(texts, data.max_caption_tokens)
+        return encoder.encode(texts, data.max_caption_tokens, "--data.max-caption-tokens")
 
     def find_or_build() -> Any:
         for path in places:
             if path.exists():
                 return CaptionTable.load(path)
         console.print(f"encoding {len(captions)} captions", highlight=False)
+        table = CaptionTable.build(captions, encode)
         try:
-            return CaptionTable.build(captions, encode, places[0])
-        except PermissionError:
-            workdir.mkdir(parents=True, exist_ok=True)
-            return CaptionTable.build(captions, encode, places[1])
+            return table.save(places[0])
+        except OSError as error:  # read-only, no permission, a quota, a full disk, an object store that refuses
+            reason = error.strerror or error
+            told = f"{dataset} takes no table of captions ({reason}): it is kept in {workdir}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            return table.save(places[1])
 
     return first_process_first(find_or_build)
 

@@ -19,6 +19,7 @@ from setups import packed
 from setups.study import Report
 from setups.trainer import Trainer
 from sora_jax.array_types import Array, PyTree
+from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.recognition import FixedSize
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
@@ -55,6 +56,7 @@ class RecognitionSetup:
 
     Attributes:
         config: without the held-out splits that the data set lacks.
+        data_fingerprints: returns digests of the splits that are read.
         sample_sheet: None; there is nothing to draw.
         unit: of the report's figures.
         headline: key and name of the figure that the report is about.
@@ -85,6 +87,7 @@ class RecognitionSetup:
         for split in self._splits:
             check_source(config, open_source(config.data.path, split))
         self._captions = functools.cache(self._read_captions)
+        self.data_fingerprints = functools.partial(data_fingerprints, self.config.data, self._splits)
 
     def prepare_report(self) -> None:
         """Reads the captions, on every host at once: where they are encoded, the hosts wait for each other."""

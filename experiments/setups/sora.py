@@ -13,6 +13,7 @@ from etils import epath
 from setups import packed
 from sora_jax.array_types import PyTree
 from sora_jax.config import SoraConfig
+from sora_jax.data.identity import data_fingerprints
 
 
 class SoraSetup:
@@ -25,6 +26,7 @@ class SoraSetup:
 
     Attributes:
         config: without the held-out splits that the data set lacks.
+        data_fingerprints: returns digests of the splits that are read.
         sample_sheet: draws the prompts of `config.sample`.
 
     Raises:
@@ -43,6 +45,7 @@ class SoraSetup:
         self._captions = functools.cache(
             lambda: packed.caption_table(data, config.model.text_dim, splits, workdir, console)
         )
+        self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
 
     def initial_params(self, path: str) -> str:
         """Returns where the parameters are that a new run starts from: a run or an exported model of its own kind."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -25,31 +27,48 @@ class CaptionTable:
         self._states, self._spans, self._path = states, spans, path
 
     @classmethod
-    def build(cls, captions: Iterable[str], encode: Encode, path: epath.PathLike | None = None) -> CaptionTable:
-        """Encodes distinct captions, and the null caption, and writes them where a `path` is given.
+    def build(cls, captions: Iterable[str], encode: Encode) -> CaptionTable:
+        """Encodes distinct captions, and the null caption.
 
         Args:
             captions: with repetitions as they come.
             encode: returns an array (m, D) for each caption of a list.
-            path: directory that `load` reads; written whole or not at all.
         """
         distinct = sorted({"", *captions})
         encoded = encode(distinct)
         ends = np.cumsum([len(states) for states in encoded])
         spans = {c: (int(end - len(s)), int(end)) for c, s, end in zip(distinct, encoded, ends, strict=True)}
-        states = np.concatenate(encoded).astype(np.float16)
-        if path is None:
-            return cls(states, spans)
+        return cls(np.concatenate(encoded).astype(np.float16), spans)
+
+    def save(self, path: epath.PathLike) -> CaptionTable:
+        """Writes the table, whole or not at all, unless another process has done so meanwhile.
+
+        Args:
+            path: directory that `load` reads.
+
+        Returns:
+            The table as `load` opens it.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
         path = epath.Path(path)
-        temporary = path.parent / f"{path.name}.incomplete"
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
-        with (temporary / "states.npy").open("wb") as file:
-            np.save(file, states)
-        (temporary / "spans.json").write_text(json.dumps(spans))
-        temporary.rename(path)
-        return cls.load(path)
+        temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
+        try:
+            temporary.mkdir(parents=True)
+            with (temporary / "states.npy").open("wb") as file:
+                np.save(file, self._states)
+            (temporary / "spans.json").write_text(json.dumps(self._spans))
+            if not path.exists():
+                temporary.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+        finally:
+            with contextlib.suppress(OSError):
+                if temporary.exists():
+                    temporary.rmtree()
+        return CaptionTable.load(path)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> CaptionTable:
@@ -57,12 +76,17 @@ class CaptionTable:
         path = epath.Path(path)
         if not (path / "spans.json").exists():
             raise ValueError(f"no caption table at {path}.")
-        spans = {caption: tuple(span) for caption, span in json.loads((path / "spans.json").read_text()).items()}
         states = path / "states.npy"
-        if "://" not in str(states):
-            return cls(np.load(states, mmap_mode="r"), spans, str(path))
-        with states.open("rb") as file:  # an object store has nothing to map
-            return cls(np.load(file), spans, str(path))
+        try:
+            spans = {caption: tuple(span) for caption, span in json.loads((path / "spans.json").read_text()).items()}
+            if "://" not in str(states):
+                return cls(np.load(states, mmap_mode="r"), spans, str(path))
+            with states.open("rb") as file:  # an object store has nothing to map
+                return cls(np.load(file), spans, str(path))
+        except (ValueError, AttributeError, TypeError, EOFError) as error:
+            raise ValueError(
+                f"the caption table {path} is damaged ({error}); remove it, and it is made again."
+            ) from error
 
     def __reduce__(self) -> tuple:
         if self._path is not None:

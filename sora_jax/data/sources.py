@@ -6,7 +6,7 @@ A data set that `experiments/prepare_data.py` wrote, or any prepared TFDS data s
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from sora_jax.data.layout import RecordLayout
 from sora_jax.data.records import ClipMetadata, metadata_from_rows, parse_example, read_index, write_index
+
+# Indices of data sets that cannot be written to, by path and split: a run opens a split several times.
+_UNWRITTEN: dict[tuple[str, str], ClipMetadata] = {}
 
 
 class ClipSource:
@@ -87,16 +90,29 @@ class ClipSource:
         return [frames[i] for i in frame_indices]
 
     def _index(self, split: str, info: Any) -> ClipMetadata:
-        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them."""
+        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them.
+
+        Where that cannot be written to, this process alone keeps it, and says so.
+        """
         metadata = read_index(self.path, split)
         if metadata is not None and len(metadata) == info.num_examples:
             return metadata
-        records = open_records(info.file_instructions)
-        progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
-        files = info.file_instructions
-        metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
-        with contextlib.suppress(OSError):  # where the data set is read-only, the pass is made again next time
+        metadata = _UNWRITTEN.get((self.path, split))
+        told = metadata is not None and len(metadata) == info.num_examples
+        if not told:
+            files = info.file_instructions
+            records = open_records(files)
+            progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
+            metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
+        try:
             write_index(epath.Path(self.path), split, metadata)
+        except OSError as error:
+            _UNWRITTEN[self.path, split] = metadata
+            reason = error.strerror or error
+            if not told:
+                warnings.warn(
+                    f"{self.path} takes no index of {split} ({reason}): it is made again at each start.", stacklevel=4
+                )
         return metadata
 
 

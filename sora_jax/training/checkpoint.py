@@ -2,13 +2,16 @@
 
 A checkpoint's items stand apart (`params`, `ema_params`, `opt_state`, `data`), so that what only samples reads the
 averaged parameters alone. Saving is asynchronous; a directory that a killed process left half written has a
-temporary name, is never taken for a checkpoint and is removed at the next start.
+temporary name, is never taken for a checkpoint and is removed at the next start. What else stands among the
+checkpoints, whatever its name, is the user's: it is neither read nor removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +26,11 @@ from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.quantize import quantize_tensors
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, flat_names, read_params, tensor_bytes
+from sora_jax.training.checkpoint_folder import FOLDER, OwnSteps, check_places, drop_echoes, system_error, writing
 from sora_jax.training.run_directory import Config, read_config, write_config
 from sora_jax.training.state import TrainState, abstract_params
 from sora_jax.training.tasks.make import make_task
 
-FOLDER = "checkpoints"
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
 
@@ -55,13 +58,17 @@ class Checkpointer:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             best_fn=(lambda metrics: metrics["held_out_loss"]) if track_best else None,
             best_mode="min",
+            step_name_format=OwnSteps(),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._directory = epath.Path(workdir).absolute() / FOLDER
+        self._workdir = epath.Path(workdir)
+        self._directory = self._workdir.absolute() / FOLDER
         handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema_params", "opt_state")}
         handlers["data"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        drop_echoes()
+        with writing(self._workdir):
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -82,19 +89,24 @@ class Checkpointer:
             state: after them.
             data: JSON-able state of the data iterator after the last batch of them.
             held_out_loss: at this step, if it was measured.
+
+        Raises:
+            OSError: this or an earlier checkpoint cannot be written, or something else stands in its place.
         """
         if step == self.latest_step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                data=ocp.args.JsonSave({"step": step, "state": data}),
-            ),
-            metrics=None if held_out_loss is None else {"held_out_loss": held_out_loss},
-        )
+        check_places(self._workdir, (step,))
+        with writing(self._workdir):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    ema_params=ocp.args.StandardSave(state.ema_params),
+                    opt_state=ocp.args.StandardSave(state.opt_state),
+                    data=ocp.args.JsonSave({"step": step, "state": data}),
+                ),
+                metrics=None if held_out_loss is None else {"held_out_loss": held_out_loss},
+            )
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
         """Restores a checkpoint, bitwise as it was saved.
@@ -129,19 +141,26 @@ class Checkpointer:
         items = {name: restored[name] for name in ("params", "ema_params", "opt_state")}
         return TrainState(**scalars, **items), restored["data"]["state"]
 
+    def check(self) -> None:
+        """Raises OSError where a checkpoint that was being saved could not be written; does not wait."""
+        with writing(self._workdir):
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
-        """Waits until what was saved is on disk; raises what went wrong meanwhile."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on disk; OSError where it could not be written."""
+        with writing(self._workdir):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and ends the saving threads."""
-        self._manager.close()
+        with writing(self._workdir):
+            self._manager.close()
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
     """Returns the step of a run's newest whole checkpoint, None where there is none."""
-    folder = epath.Path(workdir).absolute() / FOLDER
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+    steps = OwnSteps().find_all(epath.Path(workdir).absolute() / FOLDER)
+    return max((found.step for found in steps), default=None)
 
 
 def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] = SoraConfig) -> tuple[Config, PyTree]:
@@ -235,12 +254,19 @@ def _read_orbax(path: epath.Path) -> PyTree:
 
 @contextlib.contextmanager
 def _reading(checkpoint: epath.Path) -> Iterator[None]:
-    """Raises ValueError naming the checkpoint where one of its files is missing or is not what Orbax wrote."""
+    """Raises ValueError naming the checkpoint where one of its files is missing or is not what Orbax wrote.
+
+    Where the system cannot read it (permissions, a disk or a network that fails), that is an OSError: nothing is known
+    of what the files hold.
+    """
     try:
         yield
-    except (PermissionError, RuntimeError):  # of the system or the devices, not of what the files hold
+    except RuntimeError:  # of the devices
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds, `Exception` itself among them
+        code = system_error(error)
+        if code is not None and code not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            raise OSError(f"checkpoint {checkpoint} cannot be read: {os.strerror(code)}.") from error
         raise ValueError(
             f"checkpoint {checkpoint} is damaged or cannot be read ({textwrap.shorten(str(error), 100)}); once it is "
             "removed, the run goes on from the one before it."

@@ -27,7 +27,7 @@ from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
-from sora_jax.training import run_directory
+from sora_jax.training import checkpoint_folder, run_directory
 from sora_jax.training.checkpoint import Checkpointer, latest_step, load_model
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import (
@@ -103,6 +103,11 @@ class _Run:
         self.checkpointer.save(step, state, places, held_out_loss)
         self.telemetry.flush()
 
+    def check(self, state: TrainState) -> None:
+        """Raises what has gone wrong so far: an update that was bad, or a checkpoint that could not be written."""
+        self.require_finite(state)
+        self.checkpointer.check()
+
     def require_finite(self, state: TrainState) -> None:
         """Raises NonFiniteLossError where an update so far was bad; the last good checkpoint stays."""
         bad = int(jax.device_get(state.bad_step))
@@ -118,6 +123,7 @@ def train(
     workdir: epath.PathLike,
     open_batches: OpenBatches,
     *,
+    data_fingerprints: Callable[[], dict[str, str]] | None = None,
     init_from: epath.PathLike | Callable[[], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
     attention_for: Callable[[Mesh], AttentionFn | None] | None = None,
@@ -129,6 +135,8 @@ def train(
         config: of the experiment.
         workdir: of the run (see `sora_jax.training.run_directory`).
         open_batches: opens a split.
+        data_fingerprints: digests by which the run knows its data again (`sora_jax.data.identity`), by split; without
+            it, by the text of `data.path`.
         init_from: a run or an exported model whose averaged parameters a new run starts from, or a function that
             returns parameters; an old run goes on from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
@@ -140,7 +148,9 @@ def train(
 
     Raises:
         ConfigChangedError: the directory holds a run with another config.
+        DataChangedError: the directory holds a run on other data.
         NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
+        OSError: what the run writes cannot be written, naming the last whole checkpoint.
         ValueError: a config that cannot work, an exported model at `workdir`, a damaged checkpoint, parameters of
             another model, or a split without batches. What fails up to the first batch leaves no new directory behind.
     """
@@ -150,12 +160,24 @@ def train(
         raise ValueError(f"{workdir} holds an exported model, which a run would spoil: choose another --workdir.")
     first_step = latest_step(workdir)
     if first_step is not None:
-        run_directory.check_config(workdir, config, first_step)
+        run_directory.check_config(workdir, config, first_step, path_may_change=data_fingerprints is not None)
+    fingerprints, notes = _check_data(config, workdir, first_step, data_fingerprints)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     done = run_directory.done_step(workdir)
     # Where the last checkpoint was removed, the run goes on from what is left.
     if done is not None and first_step is not None and config.num_steps <= min(done, first_step):
+        if notes:
+            try:
+                run_directory.write_moved(workdir, config, fingerprints)
+            except OSError as error:  # a finished run may lie where nothing is written any more
+                console.print(
+                    f"{workdir} does not record it: {error.strerror or error}", highlight=False, soft_wrap=True
+                )
         return Outcome.ALREADY_FINISHED
 
+    saved = {*range(config.save_every, config.num_steps, config.save_every), config.num_steps}
+    checkpoint_folder.check_places(workdir, {step for step in saved if step > (first_step or 0)})
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, dict(mesh.shape))
     task = make_task(config, attention_for(mesh) if attention_for else None)
@@ -164,6 +186,7 @@ def train(
     start = _initial_params(task, init_from) if first_step is None else None
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(checkpoint_folder.naming_what_is_kept(workdir))
         guard = stack.enter_context(PreemptionGuard())
         batches = stack.enter_context(contextlib.closing(open_batches(config.data.split, True)))
         # A new run whose data gives no batch writes nothing. No state is saved before this batch has been used.
@@ -180,6 +203,7 @@ def train(
             state = init_state(task, tx, shardings)
         if jax.process_index() == 0:
             run_directory.write_config(workdir, config)
+            run_directory.write_data(workdir, fingerprints)
             (workdir / "DONE").unlink(missing_ok=True)
         telemetry = stack.enter_context(
             contextlib.closing(Telemetry(workdir, first_step or 0, config.num_steps, console))
@@ -189,6 +213,8 @@ def train(
             f"{'starting' if first_step is None else 'continuing'} at step {first_step or 0} of {config.num_steps}: "
             f"{size:,} parameters, mesh {dict(mesh.shape)}, {workdir}"
         )
+        for path in checkpoint_folder.strangers(workdir):
+            telemetry.say(f"{path} is no checkpoint of this run; it is left alone")
         run = _Run(task, config, workdir, checkpointer, telemetry, batches, ahead, guard, checkpointer.best_loss)
         train_step = make_train_step(task, tx, mesh, shardings)
         held_out = HeldOut(task, open_batches, mesh, make_eval_step(task, mesh, shardings.params))
@@ -223,7 +249,7 @@ def _steps(
 
         if step % config.log_every == 0 or step == config.num_steps:
             fetched = jax.device_get(pending)
-            run.require_finite(state)
+            run.check(state)
             figures = interval_figures(
                 fetched, stopwatch.elapsed(), stopwatch.waited, run.task, list(mesh.devices.flat)
             )
@@ -335,6 +361,32 @@ def global_rows(config: ExperimentConfig, accumulation: int | None, sharding: Na
     rows = np.arange(batches * config.data.batch_size, dtype=np.int32).reshape(batches, hosts, -1)
     local = rows[:, jax.process_index()]
     return to_global(local if accumulation else local[0], sharding)
+
+
+def _check_data(
+    config: ExperimentConfig,
+    workdir: epath.Path,
+    first_step: int | None,
+    data_fingerprints: Callable[[], dict[str, str]] | None,
+) -> tuple[dict[str, str], list[str]]:
+    """Returns what a run records of its data, and what there is to say of it; the same on all hosts.
+
+    Raises:
+        DataChangedError: it is not the run's data.
+        ValueError: the hosts do not read the same data.
+    """
+    if data_fingerprints is None:
+        return {}, []
+    recorded = run_directory.read_data(workdir) if first_step is not None else {}
+    of_hosts = gather_json([recorded, data_fingerprints()])
+    recorded, found = of_hosts[0]
+    for process, (_, other) in enumerate(of_hosts):
+        if other != found:
+            raise ValueError(
+                f"data.path {config.data.path!r} holds other data on host {process} ({other}) than on host 0 ({found})."
+            )
+    notes = run_directory.check_data(workdir, config, recorded, found) if first_step is not None else []
+    return {**recorded, **found}, notes if jax.process_index() == 0 else []
 
 
 def _next_batch(batches: Batches, split: str) -> PyTree:

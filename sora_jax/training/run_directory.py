@@ -1,6 +1,7 @@
 """A run's directory: which config it belongs to, and whether it is done.
 
 WORKDIR/config.json           the ExperimentConfig
+WORKDIR/data.json             a fingerprint of each split that was read (sora_jax.data.identity)
 WORKDIR/checkpoints/STEP/     params, ema_params, opt_state, data (sora_jax.training.checkpoint)
 WORKDIR/metrics.jsonl         a line of figures each `log_every` steps; tensorboard/ holds the same
 WORKDIR/samples/              sample sheets
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from etils import epath
@@ -29,8 +31,15 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+DATA_FILE = "data.json"
+
+
 class ConfigChangedError(ValueError):
     """A run was started again with a config that is not its own."""
+
+
+class DataChangedError(ValueError):
+    """A run was started again with data that is not its own."""
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,21 +110,25 @@ def write_atomically(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_step: int) -> None:
+def check_config(
+    directory: epath.PathLike, config: ExperimentConfig, latest_step: int, path_may_change: bool = False
+) -> None:
     """Checks that a run may be continued with `config`.
 
     Args:
         directory: of the run.
         config: asked for now.
         latest_step: of the run's newest checkpoint. (A run without one may be started anew with any config.)
+        path_may_change: what is at `data.path` is checked otherwise (`check_data`).
 
     Raises:
         ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
             is below the step already reached; names the field and both values.
     """
     before = flatten(dataclasses.asdict(read_config(directory, type(config))))
+    changeable = (*CHANGEABLE, "data.path") if path_may_change else CHANGEABLE
     for name, value in flatten(dataclasses.asdict(config)).items():
-        may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in CHANGEABLE)
+        may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in changeable)
         if value != before[name] and not may_change:
             raise ConfigChangedError(
                 f"{directory} holds a run with {name} = {before[name]!r}, now it is {value!r}: "
@@ -125,6 +138,73 @@ def check_config(directory: epath.PathLike, config: ExperimentConfig, latest_ste
         raise ConfigChangedError(
             f"{directory} holds a run at step {latest_step}; num_steps must be at least that, got {config.num_steps}."
         )
+
+
+def read_data(directory: epath.PathLike) -> dict[str, str]:
+    """Returns the fingerprint of each split that a run has read, none where it recorded none.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = epath.Path(directory) / DATA_FILE
+    if not path.exists():
+        return {}
+    try:
+        fingerprints = json.loads(path.read_text())["fingerprints"]
+        if all(isinstance(value, str) for value in fingerprints.values()):
+            return fingerprints
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{path} is damaged; remove it, and the run takes the fingerprints of the data that it is given.")
+
+
+def write_data(directory: epath.PathLike, fingerprints: Mapping[str, str]) -> None:
+    """Records the fingerprint of each split that a run reads."""
+    text = json.dumps({"fingerprints": dict(fingerprints)}, indent=2) + "\n"
+    write_atomically(epath.Path(directory) / DATA_FILE, text)
+
+
+def write_moved(directory: epath.PathLike, config: ExperimentConfig, fingerprints: Mapping[str, str]) -> None:
+    """Records where the data of a finished run is now, and its fingerprints; `config` may differ in other ways."""
+    own = read_config(directory, type(config))
+    write_config(directory, dataclasses.replace(own, data=dataclasses.replace(own.data, path=config.data.path)))
+    write_data(directory, fingerprints)
+
+
+def check_data(
+    directory: epath.PathLike, config: ExperimentConfig, recorded: Mapping[str, str], found: Mapping[str, str]
+) -> list[str]:
+    """Checks that the data at `config.data.path` is what a run has read before, wherever it lies now.
+
+    Args:
+        directory: of the run.
+        config: asked for now.
+        recorded: fingerprints that the run recorded of its splits.
+        found: fingerprints of the splits that it would read now; a split that was not recorded is new to it.
+
+    Returns:
+        What there is to say: that the data has moved, or that nothing was recorded.
+
+    Raises:
+        DataChangedError: a split holds something else, naming both fingerprints.
+    """
+    if not found:
+        return []
+    path, before = config.data.path, read_config(directory, type(config)).data.path
+    changed = [split for split, fingerprint in found.items() if recorded.get(split, fingerprint) != fingerprint]
+    if changed:
+        split = changed[0]
+        raise DataChangedError(
+            f"data.path {path!r} holds other data than {directory} was run on: split {split!r} has the fingerprint "
+            f"{found[split]}, the run's has {recorded[split]}. Name the run's data by --data.path or choose another "
+            "--workdir."
+        )
+    fingerprints = ", ".join(f"{split} {fingerprint}" for split, fingerprint in found.items())
+    moved = f"the data has moved from {before} to {path}"
+    if not recorded:
+        first = f"{moved}, and " if path != before else ""
+        return [f"{first}the run recorded no fingerprint of its data; from now on it is that of {path}: {fingerprints}"]
+    return [f"{moved}: the same by its fingerprints ({fingerprints})"] if path != before else []
 
 
 def done_step(directory: epath.PathLike) -> int | None:

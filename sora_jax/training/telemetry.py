@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
 from etils import epath
 
+from sora_jax.training.event_file import EventFile
 from sora_jax.training.flops import peak_flops
+from sora_jax.training.run_directory import write_atomically
 from sora_jax.training.tasks.task import Task
 
 # Of the figures of an interval, those that stand in the progress line, and how.
@@ -128,8 +129,8 @@ class Telemetry:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             self._lines = [line for line in lines if _step_of(line) <= first_step]
-        self._path.write_text("".join(line + "\n" for line in self._lines))
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        write_atomically(self._path, "".join(line + "\n" for line in self._lines))
+        self._board = EventFile(str(workdir / "tensorboard"), first_step + 1)
         self._progress = rich.progress.Progress(
             "{task.description}",
             rich.progress.BarColumn(bar_width=20),
@@ -179,21 +180,23 @@ class Telemetry:
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes an (H, W, 3) uint8 image to TensorBoard."""
         if self._active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.add_image(name, image, step)
 
     def flush(self) -> None:
         """Makes sure that all is on disk."""
         if self._active:
             if not self._appends:
-                self._path.write_text("".join(line + "\n" for line in self._lines))
+                write_atomically(self._path, "".join(line + "\n" for line in self._lines))
             self._board.flush()
 
     def close(self) -> None:
         """Flushes and ends the progress line."""
         if self._active:
             self._progress.stop()
-            self.flush()
-            self._board.close()
+            try:
+                self.flush()
+            finally:
+                self._board.close()
 
 
 def _step_of(line: str) -> float:

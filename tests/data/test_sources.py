@@ -1,8 +1,10 @@
 """Sources: random access to frames, metadata without decoding, and data sets of other makers."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import pickle
 import sys
 
@@ -238,10 +240,13 @@ def test_an_index_from_before_there_were_labels_is_made_again(tmp_path, monkeypa
     index.write_text(json.dumps(old | {"version": 1}))
 
     def refuse(*args):
-        raise PermissionError("read-only")
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))  # no PermissionError: a read-only mount
 
     with monkeypatch.context() as patch:
         patch.setattr("sora_jax.data.sources.write_index", refuse)
+        with pytest.warns(UserWarning, match=r"takes no index of train \(Read-only file system\): it is made again"):
+            assert open_source(path).metadata.labels.tolist() == labels
+        patch.setattr("sora_jax.data.sources.open_records", refuse)  # no second pass, and nothing is told twice
         assert open_source(path).metadata.labels.tolist() == labels
     assert json.loads(index.read_text())["version"] == 1
     assert open_source(path).metadata.labels.tolist() == labels

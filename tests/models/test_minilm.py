@@ -47,7 +47,7 @@ def test_states_are_those_of_the_float_weights(encoder):
 def test_tokens_are_those_of_the_original(encoder):
     for i, caption in enumerate(CAPTIONS):
         assert encoder.count_tokens(caption) == len(REFERENCE[f"ids_{i}"])
-        assert encoder._token_ids(caption, 32) == REFERENCE[f"ids_{i}"].tolist()
+        assert encoder._tokenizer.encode(encoder.spell_out(caption)).ids == REFERENCE[f"ids_{i}"].tolist()
 
 
 def test_a_caption_does_not_depend_on_its_batch(encoder):
@@ -77,7 +77,8 @@ def test_empty_caption_is_cls_and_sep(encoder):
 
 
 def test_long_caption_is_cut_with_a_warning(encoder):
-    with pytest.warns(UserWarning, match=r"'red frog jumps high' has 6 tokens; .* max_tokens = 4"):
+    message = r"the caption is cut to 4 tokens \(the longest has 6\): 'red frog jumps high'; the model reads no more"
+    with pytest.warns(UserWarning, match=message):
         cut = encoder.encode(["red frog jumps high"], max_tokens=4)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,11 +86,86 @@ def test_long_caption_is_cut_with_a_warning(encoder):
     np.testing.assert_allclose(cut, short, atol=1e-5)
 
 
+def told(encoder, captions, max_tokens=32, **options):
+    """Returns the warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encoder.encode(captions, max_tokens, **options)
+    return [str(warning.message) for warning in caught]
+
+
+def test_the_cuts_of_many_captions_are_one_line_with_the_option_that_keeps_more(encoder):
+    captions = ["", "short", *(f"scene {i} of a walk on a beach" for i in range(60))]
+    (line,) = told(encoder, captions, 6, option="--data.max-caption-tokens")
+    assert "\n" not in line and len(line) < 400
+    assert "60 of 61 captions are cut to 6 tokens (the longest has 10)" in line
+    assert "'scene 0 of a walk on a beach'" in line and line.count("scene") == 5
+    assert "--data.max-caption-tokens keeps more, up to the encoder's 512" in line
+    assert told(encoder, captions, 10, option="--data.max-caption-tokens") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\N{FROG FACE}", "frog"),
+        ("two \N{FROG FACE}s", "two frog s"),
+        ("\N{THUMBS UP SIGN}\U0001f3fd", "thumbs up medium skin tone"),
+        ("\N{WOMAN}\u200d\N{ROCKET}", "woman astronaut"),
+        ("\N{FROG FACE}\u200d\N{ROCKET}", "frog rocket"),  # no emoji together
+        ("\N{HEAVY BLACK HEART}\ufe0f", "red heart"),
+        ("\N{HEAVY BLACK HEART}", "red heart"),
+        ("\U0001f1eb\U0001f1f7", "France"),
+        ("1\ufe0f\u20e3", "keycap 1"),
+        ("\N{BLACK HEART SUIT}", "\N{BLACK HEART SUIT}"),  # a word of the vocabulary
+        ("\N{BLACK HEART SUIT}\ufe0f", "heart suit"),
+        ("\N{COPYRIGHT SIGN} 2024,  caf\N{LATIN SMALL LETTER E WITH ACUTE}", None),
+        ("plain  text: 1 * # (c) -> \N{EM DASH}", None),
+    ],
+)
+def test_emoji_are_read_by_their_names(encoder, text, words):
+    assert encoder.spell_out(text) == (text if words is None else words)
+    if words is not None:
+        np.testing.assert_array_equal(*encoder.encode([text, words], 32))
+        assert told(encoder, [text]) == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "characters"),
+    [
+        ("\u0e41\u0e21\u0e27", ["\u0e41"]),  # Thai
+        ("\u4e00\u53ea\u9752\u86d9", ["\u53ea", "\u86d9"]),  # Chinese: two of four characters are in the vocabulary
+        ("frog \U0001fb10", ["\U0001fb10"]),
+        ("frog \ue000", ["\ue000"]),  # private use: the tokenizer drops it
+        ("\u200b", ["\u200b"]),  # nothing to be seen, and nothing is left
+        ("a" * 101, ["a" * 101]),
+        ("a" * 100, []),
+        ("frog, caf\u00e9 cafe\u0301 \u65e5\u672c", []),
+        ("", []),
+        (" ", []),
+    ],
+)
+def test_unknown_characters_are_named(encoder, caption, characters):
+    assert encoder.unknown_characters(caption) == characters
+    lines = told(encoder, ["frog", caption], 64)
+    assert len(lines) == bool(characters)
+    for line in lines:
+        assert "all-MiniLM-L6-v2 does not know" in line and all(repr(c) in line for c in characters)
+
+
+def test_unknown_characters_of_many_captions_are_one_line(encoder):
+    captions = [f"\u0e41 {chr(0x4E00 + i)} {i}" for i in range(0, 120, 2)]
+    (line,) = told(encoder, captions)
+    assert line.startswith("60 of 60 captions are read with words left out")
+    assert len(line) < 400 and "\n" not in line
+
+
 def test_bad_arguments(encoder):
     with pytest.raises(TypeError, match="list of strings, got the string 'frog'"):
         encoder.encode("frog", max_tokens=8)
-    with pytest.raises(ValueError, match="max_tokens must be between 2 and 512, got 1"):
+    with pytest.raises(ValueError, match=r"max_tokens must be between 2 and 512, .*MiniLM-L6-v2, got 1\."):
         encoder.encode(["frog"], max_tokens=1)
+    with pytest.raises(ValueError, match=r"--data.max-caption-tokens must be between 2 and 512, .* got 600"):
+        encoder.encode(["frog"], 600, "--data.max-caption-tokens")
 
 
 def test_fingerprint_follows_the_files(encoder, tmp_path):

@@ -1,9 +1,14 @@
+import errno
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import tiny_run
@@ -116,6 +121,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path, state, damage):
             load_model(tmp_path / "run", averaged=damage.startswith("ema"))
     shutil.rmtree(damaged)
     equal(load_model(tmp_path / "run")[1], state.ema_params)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("tensorstore", [True, False])
+def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(
+    tmp_path, state, monkeypatch, number, tensorstore
+):
+    """To remove it, as is right for a damaged one, would lose it."""
+    write_run(tmp_path / "run", state, {3: None})
+
+    def fail(*args, **kwargs):
+        if tensorstore:
+            raise ValueError(f"INTERNAL: Error reading local file: Failed to open [os_error_code='{number}']")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+    where = tmp_path / "run" / FOLDER / "3"
+    with pytest.raises(OSError, match=f"^checkpoint {where} cannot be read: {os.strerror(number)}.$"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_leaves_one_error_and_no_echo(tmp_path):
+    """TensorStore, Orbax and asyncio each tell of a write that failed, some of them at the very end of the process."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, signal, sys\n"
+        "import numpy as np, orbax.checkpoint as ocp\n"
+        "import test_checkpoint as tests\n"
+        "from sora_jax.training.checkpoint import Checkpointer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "state = tests.state.__wrapped__()\n"
+        "checkpointer = Checkpointer(sys.argv[1], 9, track_best=False)\n"
+        "checkpointer.save(1, state, {})\n"
+        "checkpointer.wait()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    checkpointer.save(2, state, {})\n"
+        "    checkpointer.close()\n"
+        "except OSError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+    )
+    run = tmp_path / "run"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, program, run], env=environment, capture_output=True, text=True)
+    assert out.stderr == (
+        f"a checkpoint cannot be written to {run / FOLDER} (File too large); the last whole checkpoint is step 1.\n"
+    )
 
 
 def test_another_model_is_named(tmp_path, state):

@@ -1,19 +1,24 @@
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_run
 from PIL import Image
 from tiny_run import assert_same_runs
 
+from sora_jax.training import loop
 from sora_jax.training.checkpoint import FOLDER, load_model
 from sora_jax.training.loop import NonFiniteLossError, Outcome, train
-from sora_jax.training.run_directory import ConfigChangedError
+from sora_jax.training.run_directory import ConfigChangedError, DataChangedError
+from sora_jax.training.telemetry import Telemetry
 
 
 class Hooked(tiny_run.RandomBatches):
@@ -121,6 +126,7 @@ def test_a_finished_run_whose_last_checkpoint_was_removed_goes_on_from_what_is_l
         ({"model": {"width": 32}}, r"model.width = 16, now it is 32"),
         ({"data": {"caption_dropout": 0.5}}, r"data.caption_dropout = 0.1, now it is 0.5"),
         ({"seed": 3}, r"seed = 0, now it is 3"),
+        ({"data": {"path": "elsewhere"}}, r"data.path = '', now it is 'elsewhere'"),  # no fingerprint says otherwise
         ({"num_steps": 5}, r"num_steps must be at least that, got 5"),
     ],
 )
@@ -129,6 +135,114 @@ def test_another_config_in_the_same_directory_is_named(straight, changes, messag
     changed = tiny_run.config(**{"optimizer": {"accumulation_steps": 2}, **changes})
     with pytest.raises(ConfigChangedError, match=message):
         train(changed, workdir, tiny_run.opener(changed))
+
+
+def on(path, straight, workdir, fingerprints, **changes):
+    """Goes on with the straight run on the data at `path`, whose splits have the `fingerprints`."""
+    config = straight[0]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path), **changes)
+    return train(config, workdir, tiny_run.opener(config), data_fingerprints=lambda: fingerprints)
+
+
+def test_a_run_that_recorded_no_data_takes_it_at_its_first_resume(straight, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[1], workdir)
+    (workdir / "data.json").unlink()
+    shutil.rmtree(workdir / FOLDER / "6")
+    assert on("", straight, workdir, {"train": "a1"}) is Outcome.FINISHED
+    assert (
+        "the run recorded no fingerprint of its data; from now on it is that of : train a1" in capsys.readouterr().err
+    )
+    assert json.loads((workdir / "data.json").read_text()) == {"fingerprints": {"train": "a1"}}
+    with pytest.raises(DataChangedError, match=r"'train' has the fingerprint b2, the run's has a1"):
+        on("", straight, workdir, {"train": "b2"})
+
+    # A held-out split that comes later is recorded with the others; nothing is said where nothing has changed.
+    shutil.rmtree(workdir / FOLDER / "6")
+    assert on("", straight, workdir, {"train": "a1", "unseen": "c3"}) is Outcome.FINISHED
+    assert "the data" not in (said := capsys.readouterr().err) and "fingerprint" not in said
+    assert json.loads((workdir / "data.json").read_text()) == {"fingerprints": {"train": "a1", "unseen": "c3"}}
+    with pytest.raises(DataChangedError, match="split 'unseen' has the fingerprint d4, the run's has c3"):
+        on("", straight, workdir, {"train": "a1", "unseen": "d4"})
+
+
+def test_a_finished_run_tells_where_its_data_is_now(straight, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[1], workdir)
+    assert on("first", straight, workdir, {"train": "a1"}) is Outcome.ALREADY_FINISHED
+    assert "the data has moved from  to first, and the run recorded no fingerprint" in capsys.readouterr().err
+    assert on("second", straight, workdir, {"train": "a1"}, log_every=3) is Outcome.ALREADY_FINISHED
+    assert "moved from first to second: the same by its fingerprints (train a1)" in capsys.readouterr().err
+    kept = load_model(workdir)[0]
+    assert (kept.data.path, kept.log_every) == ("second", 1)
+    (workdir / "data.json").write_text('{"fingerprints": ["a1"]}')
+    with pytest.raises(ValueError, match=r"data\.json is damaged; remove it, and the run takes the fingerprints"):
+        on("second", straight, workdir, {"train": "a1"})
+
+
+def test_a_new_run_in_a_directory_records_its_own_data(straight, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "data.json").write_text('{"fingerprints": {"train": "z9", "old": "y8"}}')
+    assert on("", straight, workdir, {"train": "a1"}) is Outcome.FINISHED
+    assert json.loads((workdir / "data.json").read_text()) == {"fingerprints": {"train": "a1"}}
+
+
+def test_hosts_that_read_other_data_are_named(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "gather_json", lambda value: [value, [value[0], {"train": "b2"}]])
+    config = tiny_run.config(num_steps=1)
+    with pytest.raises(
+        ValueError, match=r"other data on host 1 \({'train': 'b2'}\) than on host 0 \({'train': 'a1'}\)"
+    ):
+        train(config, tmp_path / "run", tiny_run.opener(config), data_fingerprints=lambda: {"train": "a1"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_stands_among_the_checkpoints_is_left_alone(straight, tmp_path, capsys):
+    config, reference = straight
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / FOLDER / "6")
+    for name in ("99", "99.bak", "99.tmp", "0012"):
+        (workdir / FOLDER / name).mkdir()
+        (workdir / FOLDER / name / "notes.txt").write_text("mine")
+    shutil.copytree(workdir / FOLDER / "4", workdir / FOLDER / "50")  # a copy of a step is not that step
+    (workdir / FOLDER / "77").write_text("a file")
+    once = dataclasses.replace(config, keep=1)
+    assert train(once, workdir, tiny_run.opener(once)) is Outcome.FINISHED
+    assert "continuing at step 4" in (said := capsys.readouterr().err)
+    assert all(f"{FOLDER}/{name} is no checkpoint of this run" in said for name in ("99", "50", "77"))
+    assert_same_runs(workdir, reference, config)
+    names = {"99", "99.bak", "99.tmp", "0012", "50", "77", "6"}
+    assert {path.name for path in (workdir / FOLDER).iterdir()} == names
+    assert (workdir / FOLDER / "99" / "notes.txt").read_text() == "mine"
+
+    longer = dataclasses.replace(config, num_steps=50)  # would save where something else stands
+    with pytest.raises(ValueError, match=r"checkpoints/50 is no checkpoint of this run, and step 50 .* move it"):
+        train(longer, workdir, tiny_run.opener(longer))
+
+
+@pytest.mark.parametrize("where", ["metrics", "checkpoint"])
+def test_a_full_disk_names_the_run_and_what_is_left(straight, tmp_path, monkeypatch, where):
+    config, reference = straight
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / FOLDER / "6")
+
+    def full(*args, **kwargs):
+        if where == "metrics":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 9 bytes [os_error_code='122']")
+
+    owner = (Telemetry, "write") if where == "metrics" else (ocp.CheckpointManager, "save")
+    monkeypatch.setattr(*owner, full)
+    message = {
+        "metrics": f"{workdir}: No space left on device; the last whole checkpoint is step 4.",
+        "checkpoint": f"a checkpoint cannot be written to {workdir / FOLDER} (Disk quota exceeded); the last whole "
+        "checkpoint is step 4.",
+    }[where]
+    with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
+        train(config, workdir, tiny_run.opener(config))
 
 
 def test_a_run_without_checkpoint_may_start_anew_with_another_config(tmp_path):

@@ -18,10 +18,12 @@ from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.captions import CaptionTable
+from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.data.sources import open_source
 from sora_jax.training.checkpoint import FOLDER, latest_step
 from sora_jax.training.loop import Outcome, train
+from sora_jax.training.run_directory import DataChangedError
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = ("1f30c.webp", "1f375.webp", "1f4a7.webp", "1f528.webp", "1f995.webp", "1f9e0.webp")
@@ -154,3 +156,36 @@ def test_killed_while_a_save_is_under_way(clips, tmp_path):
     again = start(tmp_path / "killed")
     output, _ = again.communicate()
     assert again.returncode == 0 and "already finished" in output
+
+
+def test_goes_on_bitwise_on_data_that_has_moved_and_refuses_other_data(clips, tmp_path, capsys):
+    """The same data elsewhere is the same run; other data at the run's own path is not."""
+    config = dataclasses.replace(clips, data=dataclasses.replace(clips.data, num_workers=0))
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(config.data.path, here)
+
+    def at(path, **changes):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)), **changes)
+
+    def run(config, workdir, stop_at=0):
+        found = lambda: data_fingerprints(config.data, ("train",))  # noqa: E731
+        return train(config, workdir, opener(config, stop_at), data_fingerprints=found)
+
+    assert run(at(here), tmp_path / "straight") is Outcome.FINISHED
+    assert run(at(here), tmp_path / "moved", stop_at=3) is Outcome.PREEMPTED
+    here.rename(there)
+    assert run(at(there), tmp_path / "moved") is Outcome.FINISHED
+    tiny_run.assert_same_runs(tmp_path / "straight", tmp_path / "moved", config)
+    said = capsys.readouterr().err
+    assert f"the data has moved from {here} to {there}: the same by its fingerprints (train " in said
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["data"]["path"] == str(there)
+
+    shutil.copytree(there, here)
+    index = json.loads((here / "index-train.json").read_text())
+    (here / "index-train.json").write_text(json.dumps(index | {"names": index["names"][::-1]}))
+    old, new = (data_fingerprints(at(path).data, ("train",))["train"] for path in (there, here))
+    message = (
+        rf"data\.path .*here' holds other data .* 'train' has the fingerprint {new}, the run's has {old}\. .*--workdir"
+    )
+    with pytest.raises(DataChangedError, match=message):
+        run(at(here, num_steps=8), tmp_path / "straight")

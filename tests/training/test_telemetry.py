@@ -1,10 +1,13 @@
+import errno
 import json
+import os
 import types
 
 import numpy as np
 import pytest
 import rich.console
 import tiny_run
+from tensorboardX.proto import event_pb2
 
 from sora_jax.training.tasks.sora import SoraTask, model_flops
 from sora_jax.training.telemetry import Telemetry, interval_figures
@@ -80,3 +83,44 @@ def test_an_interval_leaves_out_what_is_set_apart():
         assert watch.waited == 2
     finally:
         patch.undo()
+
+
+def test_a_full_disk_ends_it_at_once(tmp_path, monkeypatch):
+    """The events of TensorBoard are written by the thread that has them: none waits for a thread that has died."""
+    telemetry = Telemetry(tmp_path, 0, 50, rich.console.Console(file=open("/dev/null", "w")))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    closed = []
+
+    class Full:
+        def write(self, data):
+            raise full
+
+        flush = write
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setattr(telemetry._board, "_writer", Full())
+    with pytest.raises(OSError, match="No space left"):
+        telemetry.write(1, {"loss": 1.0})
+    monkeypatch.setattr(Full, "flush", lambda self: self.write(b""))
+    with pytest.raises(OSError, match="No space left"):
+        telemetry.close()
+    assert closed
+
+
+def test_tensorboard_reads_the_events(tmp_path):
+    telemetry = Telemetry(tmp_path, 4, 9, rich.console.Console(file=open("/dev/null", "w")))
+    telemetry.write(5, {"loss": 0.25})
+    telemetry.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, events, place = file.read_bytes(), [], 0
+    while place < len(content):  # TFRecord: length, its checksum, the event, its checksum
+        length = int.from_bytes(content[place : place + 8], "little")
+        events.append(event_pb2.Event.FromString(content[place + 12 : place + 12 + length]))
+        place += 16 + length
+    assert place == len(content) and events[0].file_version == "brain.Event:2"
+    assert events[1].session_log.status == event_pb2.SessionLog.START and events[1].step == 5
+    assert [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in events[2:]] == [
+        (5, "loss", 0.25)
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,8 +31,13 @@ from sora_jax.config_json import from_json
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.quantize import dequantize_tensors
+from sora_jax.models.text.emoji_names import spell_out
+from sora_jax.models.text.lost_text import describe_cut, describe_unknown
 
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.json"
+NAME, UNKNOWN = "all-MiniLM-L6-v2", "[UNK]"
+NO_CHARACTER = ("Co", "Cn")  # Unicode categories of private use and of what is not assigned
+TAGS = range(0xE0000, 0xE0080)  # that tell flags of regions apart
 
 # Token counts and batch sizes are rounded up to these, so that few shapes are ever compiled.
 LENGTHS = (16, 32, 64, 128, 256)
@@ -142,7 +148,7 @@ class MiniLM(nn.Module):
 
 
 class TextEncoder:
-    """Captions to token states.
+    """Captions to token states; emoji are read by their English names.
 
     Attributes:
         dim: width of a token state, D.
@@ -155,22 +161,46 @@ class TextEncoder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._unknown = tokenizer.token_to_id(UNKNOWN)
+        self._known = functools.lru_cache(maxsize=None)(self._is_known)
         self._params = jax.tree.map(jnp.asarray, params)
         self._apply = functools.partial(_apply, MiniLM(config))
         self.dim = config.width
         self.max_positions = config.max_positions
         self.fingerprint = fingerprint
 
+    def spell_out(self, caption: str) -> str:
+        """Returns a caption as it is read: emoji by their names, anything else as it stands."""
+        return spell_out(caption, self._known)
+
     def count_tokens(self, caption: str) -> int:
         """Returns the tokens of a caption before any cut, [CLS] and [SEP] included."""
-        return len(self._tokenizer.encode(caption).ids)
+        return len(self._tokenizer.encode(self.spell_out(caption)).ids)
 
-    def encode(self, captions: Sequence[str], max_tokens: int) -> list[NumpyArray]:
+    def unknown_characters(self, caption: str) -> list[str]:
+        """Returns the characters of a caption that the vocabulary lacks, each once; their words are not read.
+
+        A word that is unknown although its characters are not (one of more than 100 letters) stands for itself, and
+        invisible characters count where there is nothing else in a caption.
+        """
+        text = self.spell_out(caption)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if not encoding.ids:
+            return list(dict.fromkeys(text.strip()))
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        words = [text[start:end] for token, (start, end) in pairs if token == self._unknown]
+        lost = [character for character in text if not self._known(character)]
+        return list(dict.fromkeys([*lost, *(word for word in words if all(map(self._known, word)))]))
+
+    def encode(self, captions: Sequence[str], max_tokens: int, option: str | None = None) -> list[NumpyArray]:
         """Encodes captions, in batches of similar lengths.
+
+        What is lost of them, by a cut or for characters that the vocabulary lacks, is told by one warning each.
 
         Args:
             captions: any number; "" is encoded as [CLS] [SEP].
-            max_tokens: a longer caption is cut to so many tokens, its last one still [SEP], with a warning.
+            max_tokens: a longer caption is cut to so many tokens, its last one still [SEP].
+            option: of a command line, sets `max_tokens`; for messages.
 
         Returns:
             For each caption (m, D) float32, m the number of its tokens, in the order of `captions`. A caption's
@@ -183,8 +213,14 @@ class TextEncoder:
         if isinstance(captions, str):
             raise TypeError(f"captions must be a list of strings, got the string {captions!r}.")
         if not 2 <= max_tokens <= self.max_positions:
-            raise ValueError(f"max_tokens must be between 2 and {self.max_positions}, got {max_tokens}.")
-        token_ids = [self._token_ids(caption, max_tokens) for caption in captions]
+            raise ValueError(
+                f"{option or 'max_tokens'} must be between 2 and {self.max_positions}, the positions of the text "
+                f"encoder {NAME}, got {max_tokens}."
+            )
+        # One by one: the tokenizer's own batching starts threads, after which worker processes cannot be forked.
+        token_ids = [self._tokenizer.encode(self.spell_out(caption)).ids for caption in captions]
+        self._tell_losses(captions, token_ids, max_tokens, option)
+        token_ids = [ids if len(ids) <= max_tokens else ids[: max_tokens - 1] + ids[-1:] for ids in token_ids]
         order = sorted(range(len(captions)), key=lambda i: len(token_ids[i]))
         states: list[Any] = [None] * len(captions)
         for start in range(0, len(order), BATCH_SIZES[-1]):
@@ -193,15 +229,26 @@ class TextEncoder:
                 states[i] = state
         return states
 
-    def _token_ids(self, caption: str, max_tokens: int) -> list[int]:
-        # One by one: the tokenizer's own batching starts threads, after which worker processes cannot be forked.
-        ids = self._tokenizer.encode(caption).ids
-        if len(ids) <= max_tokens:
-            return ids
-        warnings.warn(
-            f"caption {caption!r} has {len(ids)} tokens; it is cut to max_tokens = {max_tokens}.", stacklevel=3
-        )
-        return ids[: max_tokens - 1] + ids[-1:]
+    def _tell_losses(
+        self, captions: Sequence[str], token_ids: Sequence[list[int]], max_tokens: int, option: str | None
+    ) -> None:
+        """Warns, once each, of captions that are cut and of those with unknown characters."""
+        count = sum(bool(caption.strip()) for caption in captions)
+        lengths = {c: len(ids) for c, ids in zip(captions, token_ids, strict=True) if len(ids) > max_tokens}
+        if lengths:
+            warnings.warn(describe_cut(lengths, count, max_tokens, self.max_positions, option), stacklevel=3)
+        pairs = zip(captions, token_ids, strict=True)
+        suspects = [c for c, ids in pairs if self._unknown in ids or len(ids) == 2 or not c.isascii()]
+        unknown = {caption: some for caption in suspects if (some := self.unknown_characters(caption))}
+        if unknown:
+            warnings.warn(describe_unknown(unknown, count, NAME), stacklevel=3)
+
+    def _is_known(self, character: str) -> bool:
+        """Returns whether a character is read, or left out without harm as accents and variation selectors are."""
+        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        if ids:
+            return self._unknown not in ids
+        return unicodedata.category(character) not in NO_CHARACTER and ord(character) not in TAGS
 
     def _encode_batch(self, token_ids: list[list[int]]) -> list[NumpyArray]:
         rows = next(n for n in BATCH_SIZES if n >= len(token_ids))
