@@ -48,7 +48,7 @@ def test_place_dates_and_what_lies_beside_do_not_matter(original, copied):
     for path in copied.iterdir():
         os.utime(path, (1, 1))
     (copied / "index-train.json").unlink()
-    (copied / "report.json").write_text('{"content_fingerprint": "of something else"}')
+    (copied / "report.json").write_text('{"fingerprint": "of something else"}')
     (copied / "captions-0123").mkdir()
     assert of(copied) == of(copied.parent) == found
 

@@ -59,8 +59,7 @@ def prepare(
 
     Returns:
         The report: `name`, `path`, `fingerprint` (of the files and arguments), `request` (the arguments),
-        `content_fingerprint` (of what is stored), `splits` (clips, stills, frames and captions of each), `num_bytes`,
-        the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, `labels` (where there are any: the clips of
+        `splits` (clips, stills, frames and captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, `labels` (where there are any: the clips of
         each class by split), `num_left_out`, `num_skipped`, `skip_reasons` and `skipped` (each file and why), and
         `num_converted` (files by what was changed in their pictures) and `converted` (each file and change).
 
@@ -103,7 +102,6 @@ def prepare(
     writer.write_metadata(whole, name, dataset.VERSION, features, splits, dataset.DESCRIPTION)
     sources = {split: ClipSource(str(whole), split) for split in kept}  # writes the index of each split
     report = {"name": name, "path": str(target), "fingerprint": mark, "request": request}
-    report["content_fingerprint"] = writer.content_fingerprint(splits, {"label_names": label_names})
     report |= describe({split: source.metadata for split, source in sources.items()}, label_names)
     report["num_bytes"] = {split.name: split.num_bytes for split in splits}
     report["num_left_out"] = dict(num_left_out or {})

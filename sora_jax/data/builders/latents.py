@@ -140,8 +140,7 @@ def prepare_latents(
 
     Returns:
         The report: `name`, `path`, `fingerprint` (of the stills and arguments), `request` (the arguments),
-        `content_fingerprint` (of what is stored), `splits` (examples of each), `num_bytes`, `shape` and `num_left_out`;
-        None in the other processes.
+        `splits` (examples of each), `num_bytes`, `shape` and `num_left_out`; None in the other processes.
 
     Raises:
         ValueError: no data set at `path`, no stills in it, a still that cannot be decoded (it is named), or `output`
@@ -308,8 +307,6 @@ def _finish(
     writer.write_metadata(target, name, VERSION, features, splits, description)
     left_out = sum(int((source.metadata.num_frames > 1).sum()) for source in sources.values())
     report = {"name": name, "path": str(target), **mark}
-    meaning = {"label_names": label_names, "scaling_factor": mark["request"]["autoencoder"].get("scaling_factor")}
-    report["content_fingerprint"] = writer.content_fingerprint(splits, meaning | {"shape": shape})
     report["splits"] = {split.name: {"num_examples": sum(split.lengths)} for split in splits}
     report["num_bytes"] = {split.name: split.num_bytes for split in splits}
     report |= {"shape": list(shape), "num_left_out": {"clips of several frames": left_out} if left_out else {}}

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -37,7 +36,6 @@ from sora_jax.data.records import write_atomically
 _OPTIONS = "group_size:1,uncompressed"  # one record can be read alone; pictures and noise pack badly
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read singly
 _OPEN_READERS = 256  # that are kept; systems allow a process about a thousand open files
-_DIGEST_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +46,6 @@ class Part:
         path: of the file.
         clip_ids: (N,) int64.
         sizes: (N,) int64, bytes of each serialised record.
-        digests: (N, 32) uint8, SHA-256 of each serialised record.
         skipped: source files that were left out of it, as `file` and `reason`.
         converted: source files whose pictures were changed, as `file` and `change`.
     """
@@ -56,7 +53,6 @@ class Part:
     path: epath.Path
     clip_ids: NumpyArray
     sizes: NumpyArray
-    digests: NumpyArray
     skipped: list[dict[str, str]]
     converted: list[dict[str, str]]
 
@@ -64,9 +60,8 @@ class Part:
     def read(cls, path: epath.Path) -> Part:
         """Reads what is known of a finished part; its records stay where they are."""
         values = json.loads(_summary_path(path).read_text())
-        digests = np.frombuffer(bytes.fromhex(values["digests"]), np.uint8).reshape(-1, _DIGEST_BYTES)
         ids, sizes = (np.array(values[key], np.int64) for key in ("clip_ids", "sizes"))
-        return cls(path, ids, sizes, digests, values["skipped"], values["converted"])
+        return cls(path, ids, sizes, values["skipped"], values["converted"])
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -112,14 +107,13 @@ def write_part(
     Raises:
         OSError: the file cannot be written, because the disk is full for example.
     """
-    ids, sizes, digests = array.array("q"), array.array("q"), bytearray()
+    ids, sizes = array.array("q"), array.array("q")
     with _RecordWriter(path) as writer:
         for clip_id, record in records:
             writer.write(record)
             ids.append(clip_id)
             sizes.append(len(record))
-            digests += hashlib.sha256(record).digest()
-    content = {"clip_ids": ids.tolist(), "sizes": sizes.tolist(), "digests": digests.hex()}
+    content = {"clip_ids": ids.tolist(), "sizes": sizes.tolist()}
     content |= {"skipped": list(skipped), "converted": list(converted)}
     write_atomically(_summary_path(path), json.dumps(content))
 
@@ -175,13 +169,11 @@ class Split:
         name: of the split.
         lengths: records of each shard.
         num_bytes: of all its serialised records.
-        digests: (N, 32) uint8, SHA-256 of each serialised record, in order.
     """
 
     name: str
     lengths: list[int]
     num_bytes: int
-    digests: NumpyArray
 
 
 def shard_name(dataset: str, split: str, index: int, count: int) -> str:
@@ -191,8 +183,7 @@ def shard_name(dataset: str, split: str, index: int, count: int) -> str:
 
 def split_of_parts(name: str, parts: Sequence[Part]) -> Split:
     """Returns a split whose shards are these parts, in their order."""
-    num_bytes = sum(int(part.sizes.sum()) for part in parts)
-    return Split(name, [len(part) for part in parts], num_bytes, np.concatenate([part.digests for part in parts]))
+    return Split(name, [len(part) for part in parts], sum(int(part.sizes.sum()) for part in parts))
 
 
 def write_shards(directory: epath.Path, dataset: str, split: str, parts: Sequence[Part]) -> Split:
@@ -211,7 +202,7 @@ def write_shards(directory: epath.Path, dataset: str, split: str, parts: Sequenc
         ValueError: two records have the same clip id, or a part is damaged.
         OSError: a shard cannot be written.
     """
-    ids, sizes, digests = (np.concatenate([getattr(p, k) for p in parts]) for k in ("clip_ids", "sizes", "digests"))
+    ids, sizes = (np.concatenate([getattr(p, k) for p in parts]) for k in ("clip_ids", "sizes"))
     owners = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
     order = _hash_order(ids, split)
@@ -228,7 +219,7 @@ def write_shards(directory: epath.Path, dataset: str, split: str, parts: Sequenc
                             _read_record(reader(int(owners[place])), int(rows[place]), parts[owners[place]].path)
                         )
                         bar.update(1)
-    return Split(split, np.diff((0, *ends)).tolist(), int(sizes.sum()), digests[order])
+    return Split(split, np.diff((0, *ends)).tolist(), int(sizes.sum()))
 
 
 def _hash_order(clip_ids: NumpyArray, split: str) -> NumpyArray:
@@ -293,14 +284,3 @@ def write_metadata(
         check_data=False,
         description=description,
     )
-
-
-def content_fingerprint(splits: Sequence[Split], meaning: Mapping[str, Any]) -> str:
-    """Returns a digest of what a data set holds, wherever it stands and however it is cut into shards.
-
-    Args:
-        splits: all of them.
-        meaning: whatever else the numbers in the records mean, as JSON.
-    """
-    held = sorted((split.name, hashlib.sha256(split.digests.tobytes()).hexdigest()) for split in splits)
-    return hashlib.sha256(json.dumps([held, dict(meaning)], sort_keys=True).encode()).hexdigest()[:32]
