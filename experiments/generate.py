@@ -160,8 +160,8 @@ def generate_classes(options: GenerateOptions) -> None:
 
     from sora_jax.generation import video_io
     from sora_jax.generation.class_conditional import ClassConditionalSampler
-    from sora_jax.generation.pipeline import to_pixels
     from sora_jax.generation.progress import ProgressBar
+    from sora_jax.pixels import to_pixels
 
     video_io.check_writable("--output", options.output, directory=True)
     if options.json is not None:
@@ -250,6 +250,6 @@ if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main(tyro.cli(GenerateOptions, description=__doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -43,6 +43,7 @@ from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
+from sora_jax.pixels import check_steps
 from sora_jax.training.checkpoint import load_model
 from sora_jax.training.run_directory import read_keys
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
@@ -115,7 +116,7 @@ class ClassConditionalSampler:
         # The kernel that trained the model need not exist here; all of them compute the same.
         self._model = DiT(dataclasses.replace(config, attention="auto", remat="none"))
         split = batch_sharding(self._mesh)
-        self._state_shardings = State(x=split, memory=split, index=replicated(self._mesh))
+        self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)
         self._chunk = jax.jit(
             self._sample_chunk,
             static_argnames=("sampler", "guided"),
@@ -297,8 +298,26 @@ class ClassConditionalSampler:
         def chunk(state: State, levels: Levels) -> State:
             return self._chunk(self._params, state, levels, key, samples, scale, sampler=method, guided=guided)
 
-        x = sample(chunk, state, levels, progress=progress)[: len(labels)]
-        return np.asarray(x if self.decode is None else self.decode(x))
+        state = sample(chunk, state, levels, progress=progress)
+        names = [f"sample {index} (class {label})" for index, label in zip(indices, labels, strict=True)]
+        self._check(np.asarray(state.first_bad)[: len(labels)], names, num_steps, guidance_scale)
+        x = state.x[: len(labels)]
+        if self.decode is None:
+            return np.asarray(x)
+        images = np.asarray(self.decode(x))
+        if len(bad := np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))):
+            raise FloatingPointError(
+                f"the samples are not finite: {names[bad[0]]} is finite until it is decoded "
+                f"({len(bad)} of {len(names)}); the autoencoder makes it so."
+            )
+        return images
+
+    def _check(self, first_bad: Int[np.ndarray, "*cells"], names: list[str], num_steps: int, scale: float) -> None:
+        """Raises FloatingPointError where a sample is not finite."""
+        cells = first_bad.reshape(len(names), -1)
+        steps = np.where(cells < 0, num_steps, cells).min(axis=1)
+        advice = f"a smaller guidance_scale than {scale:g} may help" if scale != 1 else "the model itself makes them so"
+        check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, advice)
 
     def _sample_chunk(
         self,
