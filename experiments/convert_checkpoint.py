@@ -19,9 +19,12 @@ Each subcommand has its own --help.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import tyro
@@ -150,10 +153,12 @@ class DiTCommand:
     """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...), for `load_dit`.
 
     Attributes:
-        source: .pt file (the averaged weights of a training checkpoint are taken); or a directory with config.json and
-            diffusion_pytorch_model.safetensors or .bin, or with the folder transformer that has them, or that file.
+        source: file in the official layout (the averaged weights of a training checkpoint are taken); or a directory
+            with config.json and weights, or with the folder transformer that has them, or that file of weights.
         output: directory to write.
-        num_heads: attention heads of a .pt file of a size that is not published (it does not tell them).
+        num_heads: attention heads of an official file of a size that is not published (it does not tell them).
+        num_classes: classes of an official file (default: one fewer than its label table has rows, the last of which is
+            the null class; as many as rows means that there is none, and no guidance).
         official_frequencies: of a model of diffusers, embed timesteps as the official code does, with which the
             published weights were trained, instead of as diffusers does.
         json: also write the table to this file.
@@ -162,12 +167,13 @@ class DiTCommand:
     source: str
     output: str
     num_heads: int | None = None
+    num_classes: int | None = None
     official_frequencies: bool = False
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
         """Writes the model and returns the size of each file."""
-        files = convert_dit(self.source, self.num_heads, self.official_frequencies)
+        files = convert_dit(self.source, self.num_heads, self.official_frequencies, self.num_classes)
         return write_files(epath.Path(self.output), files)
 
 
@@ -250,6 +256,22 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+@contextlib.contextmanager
+def printed(name: str) -> Iterator[None]:
+    """Prints what the loggers of a package say: what was taken of a file, and what was assumed of it."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stdout)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
@@ -257,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("--output", command.output, directory=True)
         if command.json is not None:
             check_writable("--json", command.json)
-        result = command.run()
+        with printed("sora_jax.convert"):
+            result = command.run()
         if command.json is not None:
             write_whole(command.json, (json.dumps(result, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:

@@ -239,7 +239,7 @@ class ClassConditionalSampler:
         """Draws one sample a label, all at once.
 
         Args:
-            labels: classes; `config.num_classes` is the null class, for an unconditional sample.
+            labels: classes; `config.num_classes` is the null class, for an unconditional sample, where there is one.
             seed: of the noise.
             indices: of the samples, which pick their noise (default: 0, 1 ...). A large set is drawn in parts by
                 giving each its indices.
@@ -247,7 +247,8 @@ class ClassConditionalSampler:
             sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`. `ancestral` draws with the variance that was
                 learned, or with the largest one where none was, as the official code does.
             num_steps: of the trained process that are visited, evenly spaced.
-            guidance_scale: of classifier-free guidance; 1 is none, which takes half the time.
+            guidance_scale: of classifier-free guidance; 1 is none, which takes half the time, and all that a model
+                without a null class can do.
             guided_channels: so many of the first channels of what is predicted are guided; None for all.
             progress: called with the steps done from time to time, for a progress bar.
 
@@ -260,7 +261,10 @@ class ClassConditionalSampler:
         labels, c = np.asarray(labels), self.config
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         height, width = c.image_size if image_size is None else image_size
-        for name, values, most in (("labels", labels, c.num_classes), ("indices", indices, np.iinfo(np.int32).max)):
+        for name, values, most in (
+            ("labels", labels, c.num_classes - (not c.has_null_class)),
+            ("indices", indices, np.iinfo(np.int32).max),
+        ):
             whole = values.ndim == 1 and len(values) and np.issubdtype(values.dtype, np.integer)
             if not whole or values.min() < 0 or values.max() > most:
                 raise ValueError(f"{name} must be a list of whole numbers between 0 and {most}, got {values.tolist()}.")
@@ -275,6 +279,10 @@ class ClassConditionalSampler:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         if not np.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale!r}.")
+        if guidance_scale != 1 and not c.has_null_class:
+            raise ValueError(
+                f"guidance_scale must be 1, got {guidance_scale:g}: the model has no null class to guide away from."
+            )
         if guided_channels is not None and not 1 <= guided_channels:
             raise ValueError(f"guided_channels must be None or at least 1, got {guided_channels}.")
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_files import torch_bytes
 
-from sora_jax.convert import dit as converter
 from sora_jax.convert.dit import convert_dit, diffusers_config, from_diffusers, from_official, official_config
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from sora_jax.models.weights import flat_names
@@ -156,13 +156,12 @@ def command():
 
 
 @pytest.fixture
-def stored(monkeypatch, tmp_path):
-    """Writes an official file: what it holds is handed over, since nothing but PyTorch writes such files."""
+def stored(tmp_path):
+    """Writes a file as torch.save does."""
 
-    def write(values):
-        monkeypatch.setattr(converter, "read_torch", lambda path: values)
-        (tmp_path / "DiT.pt").write_bytes(b"")
-        return str(tmp_path / "DiT.pt")
+    def write(values, name="DiT.pt"):
+        (tmp_path / name).write_bytes(torch_bytes(values))
+        return str(tmp_path / name)
 
     return write
 
@@ -205,7 +204,11 @@ def test_published_sizes_are_known():
     assert diffusers_config(PUBLISHED, official_frequencies=True) == DIT_SIZES["dit_xl_2"]
     plain = diffusers_config({k: v for k, v in VALUES.items() if k != "out_channels"})
     assert not plain.learned_variance and plain.out_channels == 4
-    names = {"x_embedder.proj.weight": (768, 4, 8, 8), "pos_embed": (1, 16, 768), "blocks.11.attn.proj.bias": (768,)}
+    names = {
+        "x_embedder.proj.weight": (768, 4, 8, 8),
+        "pos_embed": (1, 16, 768),
+        **{f"blocks.{i}.attn.proj.bias": (768,) for i in range(12)},
+    }
     names |= {"blocks.0.mlp.fc1.weight": (3072, 768), "y_embedder.embedding_table.weight": (1001, 768)}
     names |= {"final_layer.linear.weight": (512, 768), "t_embedder.mlp.0.weight": (768, 256)}
     assert official_config({name: np.zeros(shape) for name, shape in names.items()}) == DIT_SIZES["dit_b_8"]
@@ -265,7 +268,7 @@ def test_command_errors_leave_nothing_behind(command, stored, tmp_path, capsys):
     fails(tmp_path / "none.pt", "no DiT at")
     fails(tmp_path / "nowhere", "no DiT at")
     fails(stored([1]), "DiT.pt cannot be converted: expected a state dict (names to tensors), got list")
-    fails(stored({"epoch": 3}), "got int at 'epoch'")
+    fails(stored({"epoch": 3}), "got dict with 'epoch'")
     fails(stored({"ema": official()}), "num_heads must be given")
     fails(stored({"pos_embed": positions()}), "tensor x_embedder.proj.weight is missing")
     source = write_diffusers(tmp_path / "source", VALUES | {"num_layers": 4})

@@ -254,7 +254,7 @@ class PoisonedEncoder(WordEncoder):
 
 def test_clips_that_are_not_finite_are_refused_by_prompt_and_step(tiny_config, pipeline):
     poisoned = SoraPipeline(tiny_config, pipeline.params, PoisonedEncoder(), jax.devices()[:1], tokens_per_batch=1)
-    sizes, done = dict(num_frames=2, height=8, width=8), []
+    sizes, done = dict(num_frames=2, height=40, width=40), []  # each in a row and a batch of its own
     words = (
         r"^the samples are not finite: prompt 2 \('poison'\) is NaN or infinite from step 1 of 2 on \(1 of 3 samples"
     )
@@ -262,7 +262,7 @@ def test_clips_that_are_not_finite_are_refused_by_prompt_and_step(tiny_config, p
         poisoned(["frog", "poison", "rocket"], **sizes, progress=lambda step, total: done.append(step))
     assert done[-1] == 4  # the batch of the third prompt is not begun
     with pytest.raises(FloatingPointError, match=r"step 2 of 2 on \(2 of 2 samples are\); a smaller guidance_scale"):
-        pipeline(["frog", "rocket"], **sizes, guidance_scale=1e30)
+        pipeline(["frog", "rocket"], guidance_scale=1e30)
 
 
 def test_steps_of_packed_clips_are_their_own():
