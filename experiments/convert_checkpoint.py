@@ -40,7 +40,7 @@ from sora_jax.convert.sd_vae import convert_sd_vae
 from sora_jax.convert.vit import convert_vit
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.generation.video_io import check_writable, write_whole
-from sora_jax.training.checkpoint import FOLDER, export_model, load_model
+from sora_jax.training.checkpoint import FOLDER, config_class, export_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class InceptionCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ExportCommand:
-    """The averaged (EMA) weights of a run as model.safetensors and config.json, which generate.py and evaluate.py read.
+    """The averaged (EMA) weights of a run as model.safetensors and config.json, which are read wherever the run is.
 
     Attributes:
         source: run (its newest checkpoint), one checkpoint (RUN/checkpoints/STEP) or an exported model.
@@ -219,9 +219,12 @@ class ExportCommand:
         run = source.parent.parent if source.parent.name == FOLDER else source
         if (run / FOLDER).exists() and run in (output, *output.parents):
             raise ValueError(f"--output must be outside of the run {run}, got {self.output}.")
-        config, params = load_model(self.source)
-        # Where the data lay on the machine that trained the model means nothing elsewhere.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+        config, params = load_model(self.source, kind=config_class(self.source))
+        # Where data and autoencoder lay on the machine that trained the model means nothing elsewhere.
+        for part, field in (("data", "path"), ("sample", "vae")):
+            if hasattr(getattr(config, part, None), field):
+                there = dataclasses.replace(getattr(config, part), **{field: ""})
+                config = dataclasses.replace(config, **{part: there})
         export_model(output, config, params, storage_dtype=self.storage_dtype)
         files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
         return {"output": self.output, "files": files}

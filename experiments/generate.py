@@ -40,7 +40,7 @@ class GenerateOptions:
         width: in pixels, a multiple of the model's patch.
         fps: frames a second.
         num_steps: steps of the sampler (DiT: 250).
-        guidance_scale: of classifier-free guidance; 1 is none (DiT: 4).
+        guidance_scale: of classifier-free guidance; 1 is none (DiT: 4, and 1 where it has no null class).
         guided_channels: of a DiT; guidance is of so many of the first channels, as in the official code; 0 for all.
         seed: prompt i has the seed `seed` + i.
         sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps (default: `euler`; DiT:
@@ -175,9 +175,11 @@ def generate_classes(options: GenerateOptions) -> None:
     settings = {
         "sampler": options.sampler or "ancestral",
         "num_steps": num_steps,
-        "guidance_scale": 4.0 if options.guidance_scale is None else options.guidance_scale,
+        "guidance_scale": options.guidance_scale,
         "guided_channels": options.guided_channels or None,
     }
+    if options.guidance_scale is None:
+        settings["guidance_scale"] = 4.0 if sampler.config.has_null_class else 1.0
     loaded = time.perf_counter()
     bar = ProgressBar()
     images = sampler(

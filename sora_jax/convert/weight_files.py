@@ -129,7 +129,9 @@ def read_file(path: epath.PathLike) -> Any:
     try:
         return read_torch(path)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read: {' '.join(str(error).split())}"
+        ) from error  # names have any character
 
 
 def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
@@ -157,7 +159,7 @@ def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
             ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, OverflowError, RuntimeError,
             zipfile.BadZipFile, zlib.error, SyntaxError,
         ) as error:  # fmt: skip
-            raise ValueError(f"not a whole .npz file: {error}") from error
+            raise ValueError(f"not a whole .npz file: {' '.join(str(error).split())}") from error
 
 
 def read_options(weights: epath.Path, config: epath.PathLike | None, kind: str) -> tuple[dict[str, Any], epath.Path]:

@@ -17,6 +17,7 @@ from flax import traverse_util
 from sora_jax.array_types import NumpyArray, PyTree
 from sora_jax.config_json import from_json
 from sora_jax.models.file_kinds import what_else
+from sora_jax.models.kinds import check_kind
 from sora_jax.models.quantize import dequantize_tensors
 
 T = TypeVar("T")
@@ -47,6 +48,13 @@ def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:
         shapes = tuple(found[name].shape), tuple(expected[name].shape)
         if shapes[0] != shapes[1]:
             raise ValueError(f"{where} is of another model: {name} has shape {shapes[0]}, the config asks {shapes[1]}.")
+
+
+def check_finite(params: PyTree, where: str) -> None:
+    """Raises ValueError naming the first parameter with a value that is NaN or infinite."""
+    for name, value in flat_names(params).items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{where}: parameter {name} has a value that is not finite.")
 
 
 def tensor_bytes(tensors: Mapping[str, NumpyArray]) -> bytes:
@@ -110,10 +118,30 @@ def read_params(path: epath.PathLike) -> PyTree:
         params = dequantize_tensors(stored)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    for name, value in params.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"{path}: parameter {name} has a value that is not finite.")
+    check_finite(params, str(path))
     return traverse_util.unflatten_dict(params, sep=".")
+
+
+def read_config_file(path: epath.PathLike, config_class: type[T]) -> T:
+    """Reads a `config.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is none of this version, naming the file and the key; or another kind's, which is named.
+    """
+    path = epath.Path(path)
+    text = path.read_text()
+    try:
+        keys = json.loads(text)
+    except ValueError as error:
+        words = what_else(text[:1000].encode())
+        raise ValueError(f"{path} {words}." if words and "JSON" not in words else f"{path}: {error}") from error
+    if isinstance(keys, dict):
+        check_kind(keys, config_class.__name__, str(path.parent))
+    try:
+        return from_json(config_class, text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_model(
@@ -135,15 +163,13 @@ def read_model(
         ValueError: a file that cannot be read, or parameters that are not those of the config; the message names it.
     """
     path = epath.Path(path)
+    file = path / CONFIG_FILE
+    config = read_config_file(file, config_class) if file.is_file() else None  # first: it says what the directory is
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(
                 f"no {kind} at {path}: {name} is missing (experiments/convert_checkpoint.py writes it)."
             )
-    try:
-        config = from_json(config_class, (path / CONFIG_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     params = read_params(path / WEIGHTS_FILE)
     check_shapes(params, nn.meta.unbox(abstract_params(config)), str(path))
     return config, params

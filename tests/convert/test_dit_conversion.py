@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -255,6 +256,53 @@ def test_tensors_that_do_not_fit_are_named():
         from_diffusers(state | {copy: state[copy] + 1}, diffusers_config(VALUES))
     with pytest.raises(ValueError, match=rf"tensor {copy} is missing"):
         from_diffusers({k: v for k, v in state.items() if k != copy}, diffusers_config(VALUES))
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "classes", "label_rows", "said"),
+    [
+        (11, None, 10, None, "10 classes and the null class are assumed; .* give --num-classes 11"),
+        (11, 10, 10, None, ""),
+        (11, 11, 11, 11, ""),
+        (1, None, 1, 1, "1 class and no null class"),
+        (1, 1, 1, 1, ""),
+    ],
+)
+def test_a_label_table_is_of_as_many_classes_as_is_said(rows, asked, classes, label_rows, said, caplog):
+    caplog.set_level("INFO")
+    table = np.resize(official()["y_embedder.embedding_table.weight"], (rows, WIDTH))
+    state = official() | {"y_embedder.embedding_table.weight": table}
+    config = official_config(state, 2, asked)
+    assert (config.num_classes, config.num_label_rows) == (classes, label_rows)
+    assert re.search(said, caplog.text) if said else not caplog.text
+    np.testing.assert_array_equal(from_official(state, config)["label_embedding"], table)
+
+
+def test_classes_that_the_label_table_cannot_have_are_named():
+    with pytest.raises(
+        ValueError, match=r"num_classes must be 10 \(and the null class\) or 11 for the 11 rows .*got 9"
+    ):
+        official_config(official(), 2, 9)
+
+
+def test_every_way_to_store_the_official_layout_gives_the_same_files(tmp_path):
+    expected = convert_dit(write(tmp_path / "a.pt", official()), 2)
+    wrapped = {"model": {}, "ema": {f"module._orig_mod.{name}": value for name, value in official().items()}}
+    assert convert_dit(write(tmp_path / "b.pt", wrapped), 2) == expected
+    (tmp_path / "c.safetensors").write_bytes(safetensors.numpy.save(official()))
+    assert convert_dit(tmp_path / "c.safetensors", 2) == expected
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in official().items()}
+    (tmp_path / "d").mkdir()
+    write_files(tmp_path / "d", convert_dit(write(tmp_path / "half.pt", half), 2))
+    _, params = load_dit(tmp_path / "d")
+    np.testing.assert_array_equal(
+        params["label_embedding"], half["y_embedder.embedding_table.weight"].astype(np.float32)
+    )
+
+
+def write(path, values):
+    path.write_bytes(torch_bytes(values))
+    return path
 
 
 def test_command_errors_leave_nothing_behind(command, stored, tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named(state, tmp_path):
     with pytest.raises(ValueError, match=r"AuxLogits\.fc\.bias is unknown"):
         convert_tensors(state | {"AuxLogits.fc.bias": np.ones(3)})
     (tmp_path / "text.pth").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"text\.pth does not hold the weights of the FID network"):
+    with pytest.raises(ValueError, match=r"text\.pth cannot be read: it is text, not weights"):
         convert_inception(tmp_path / "text.pth")
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         convert_inception(tmp_path / "none.pth")

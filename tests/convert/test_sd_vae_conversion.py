@@ -345,9 +345,9 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
     fails("diffusion_pytorch_model.safetensors is not a whole safetensors file")
     weights.unlink()
     (source / "diffusion_pytorch_model.bin").write_bytes(data[:100])
-    fails("diffusion_pytorch_model.bin cannot be converted")
+    fails("diffusion_pytorch_model.bin is not a whole safetensors file")
     (tmp_path / "vae.ckpt").write_bytes(data[:100])
-    fails("vae.ckpt cannot be converted", path=tmp_path / "vae.ckpt")
+    fails("vae.ckpt is not a whole safetensors file", path=tmp_path / "vae.ckpt")
 
 
 def test_loader_errors(tmp_path):

@@ -122,6 +122,23 @@ def test_what_the_autoencoder_breaks_is_refused():
         sampler([1, 3], num_steps=6, guidance_scale=1.0)
 
 
+def test_a_model_without_a_null_class_samples_and_refuses_guidance(sampler):
+    with_null = sampler
+    config = dataclasses.replace(CONFIG, num_label_rows=CONFIG.num_classes)
+    params = random_params(config)
+    assert params["label_embedding"].shape[0] == 5 and not config.has_null_class
+    params |= {**with_null.params, "label_embedding": with_null.params["label_embedding"][:5]}
+    sampler = ClassConditionalSampler(config, params, devices=jax.devices()[:1])
+    options = dict(num_steps=6, guidance_scale=1.0)
+    np.testing.assert_array_equal(sampler([4, 0], **options), with_null([4, 0], **options))
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1, got 1\.5: the model has no null class"):
+        sampler([4, 0], num_steps=6)
+    with pytest.raises(ValueError, match="labels must be a list of whole numbers between 0 and 4"):
+        sampler([5], **options)
+    with pytest.raises(ValueError, match="num_label_rows must be None, 5 or 6, got 7"):
+        dataclasses.replace(CONFIG, num_label_rows=7)
+
+
 def test_devices_change_nothing_and_each_shape_is_compiled_once():
     split = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:2])
     single = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])
