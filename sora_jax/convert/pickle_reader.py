@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickletools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 
@@ -23,12 +23,14 @@ class Stranger:
 
     Attributes:
         name: that is not known.
+        arguments: that it was called with.
         state: the attributes that an instance of a class was given, as the pickle has them; None where it has none.
         items: of an instance that is a dict of its own kind.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: Sequence[Any] = ()) -> None:
         self.name = name
+        self.arguments = arguments
         self.state: Any = None
         self.items: dict[Any, Any] = {}
 
@@ -178,7 +180,7 @@ class _Machine:
             if keywords:  # which no known function takes
                 function = Stranger(getattr(function, "name", str(function)))
         if isinstance(function, Stranger):
-            self.stack.append(Stranger(function.name))
+            self.stack.append(Stranger(function.name, arguments if isinstance(arguments, tuple | list) else ()))
             return
         if _expect(function, Global) not in self._known:
             raise ValueError(f"a pickle that calls {function}.")

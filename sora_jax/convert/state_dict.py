@@ -58,7 +58,10 @@ def find_tensors(values: Any, marks: Sequence[str]) -> dict[str, NumpyArray]:
     Raises:
         ValueError: no tensors at all, or one among those taken that is of a kind that is not read, named.
     """
-    dicts = list(_dicts(values, (), set()))
+    try:
+        dicts = list(_dicts(values, (), set()))
+    except RecursionError as error:
+        raise ValueError("its objects lie too deep inside of each other.") from error
     dicts = [(path, tensors) for path, tensors in dicts if not _OF_OPTIMIZERS & _words(*path)]
     found = [found for path, tensors in dicts for found in _behind_prefixes(path, tensors, marks)]
     if not found:  # for the message that says which tensors are missing
@@ -71,6 +74,8 @@ def find_tensors(values: Any, marks: Sequence[str]) -> dict[str, NumpyArray]:
     for name, value in taken.tensors.items():
         if isinstance(value, Stranger) and ("_rebuild_" in value.name or value.name.endswith("Storage")):
             raise ValueError(f"{name} is {value}, a kind of tensor that is not read.")
+        if np.iscomplexobj(value):
+            raise ValueError(f"{name} has complex numbers, which no network here has.")
     if taken.path or taken.prefix:
         others = [str(f) for f in found if f is not taken]
         also = f" (not {', '.join(others)})" if others else ""
@@ -152,7 +157,9 @@ def _dicts(values: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
         if tensors := dict(_module_tensors(values, "", set())):
             yield path, tensors
             return
-        values = values.items
+        for argument in values.arguments:
+            yield from _dicts(argument, path, seen)
+        values = (values.state if isinstance(values.state, dict) else {}) | values.items
     if isinstance(values, list | tuple):
         values = {str(index): value for index, value in enumerate(values) if isinstance(value, dict | Stranger)}
     if not isinstance(values, dict):
@@ -167,9 +174,15 @@ def _dicts(values: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
 def _module_tensors(module: Stranger, prefix: str, seen: set[int]) -> Iterator[tuple[str, NumpyArray]]:
     """Yields the tensors of a module that was stored whole, by the names that its state dict would have."""
     state = module.state
-    if id(module) in seen or not isinstance(state, dict):
+    if id(module) in seen:
         return
     seen.add(id(module))
+    if state is None:  # torch.compile's is called with the module
+        for child in module.arguments:
+            if isinstance(child, Stranger):
+                yield from _module_tensors(child, prefix, seen)
+    if not isinstance(state, dict):
+        return
     for part in ("_parameters", "_buffers"):
         if isinstance(tensors := state.get(part), dict):
             yield from ((prefix + name, v) for name, v in tensors.items() if isinstance(v, np.ndarray))

@@ -39,6 +39,8 @@ _STORAGES = {
     "torch.CharStorage": np.int8,
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
+    "torch.ComplexFloatStorage": np.complex64,
+    "torch.ComplexDoubleStorage": np.complex128,
     # Of tensors that name their dtype themselves (`_rebuild_tensor_v3`).
     "torch.UntypedStorage": np.uint8,
     "torch.storage.UntypedStorage": np.uint8,
@@ -86,7 +88,7 @@ def read_torch(file: str | epath.PathLike | BinaryIO) -> Any:
         return _read_legacy(file)
     except (
         IndexError, KeyError, TypeError, AttributeError, EOFError, OverflowError, StopIteration, UnicodeError,
-        zipfile.BadZipFile, zlib.error, NotImplementedError,
+        zipfile.BadZipFile, zlib.error, NotImplementedError, RecursionError,
     ) as error:  # fmt: skip
         raise ValueError(f"it is damaged: no PyTorch file is like that ({error!r}).") from error
 

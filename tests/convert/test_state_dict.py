@@ -58,6 +58,9 @@ WRAPPED = {
     "strangers beside": {**STRANGERS, "ema": STATE},
     "strangers among": {name: v for name, v in STRANGERS.items() if name != "rng"} | STATE,
     "a dict of its own kind": Instance("easydict.EasyDict", None, {"state_dict": STATE}),
+    "attributes of a class of one's own": Instance("my.TrainState", {"step": 3, "model": OTHER, "ema": STATE}),
+    "a compiled module": {"ema": Raw(b"ctorch._dynamo.eval_frame\nOptimizedModule\n", module(modules={
+        "embed": module({"weight": STATE["embed.weight"]}), "head": module({"bias": STATE["head.bias"]})}), b"\x85R")},
     "a whole module": {"ema": module(modules={"module": module(modules={
         "embed": module({"weight": STATE["embed.weight"]}), "head": module({"bias": STATE["head.bias"]})})})},
 }  # fmt: skip
@@ -100,6 +103,13 @@ def test_a_tensor_that_is_needed_and_not_known_is_named():
     for values, words in (({"epoch": 3}, "got dict with 'epoch'"), ([1], "got list"), ("text", "got str")):
         with pytest.raises(ValueError, match=rf"expected a state dict \(names to tensors\), {words}"):
             find_tensors(read_torch_of(values), MARKS)
+
+
+def test_objects_too_deep_inside_of_each_other_are_refused():
+    deep = STATE["embed.weight"]
+    pickle = Raw(b"cmy\nClass\n" * 5000, deep, b"\x85R" * 5000)
+    with pytest.raises(ValueError, match="too deep inside of each other"):
+        find_tensors(read_torch_of({"a": pickle, **STATE}), MARKS)
 
 
 def read_torch_of(values):

@@ -126,7 +126,7 @@ def test_a_storage_of_another_length_or_type_is_an_error():
         read_torch(tensor_file(data=b"\0" * 12, offset=0, shape=(4,), stride=(1,)))
     with pytest.raises(ValueError, match="bytes"):  # a zip bomb
         read_torch(tensor_file(compression=zipfile.ZIP_DEFLATED, offset=0, shape=(4,), stride=(1,)))
-    for changes in ({"kind": "ComplexFloatStorage"}, {"function": "_rebuild_device_tensor"}):
+    for changes in ({"kind": "QInt8Storage"}, {"function": "_rebuild_device_tensor"}):
         tensor = read_torch(tensor_file(**changes, offset=0, shape=(4,), stride=(1,)))
         (name,) = changes.values()
         assert isinstance(tensor, Stranger) and tensor.name.endswith(name)

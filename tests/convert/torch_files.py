@@ -21,9 +21,11 @@ class Instance(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """Opcodes that leave one object on the stack."""
+    """Opcodes that leave one object on the stack, of which a value may be a part."""
 
     opcodes: bytes
+    value: object = None
+    rest: bytes = b""
 
 
 def module(parameters=None, modules=None):
@@ -49,7 +51,7 @@ def global_(name):
 def opcodes(value, storages):
     """The opcodes of a value; its arrays are appended to `storages`."""
     if isinstance(value, Raw):
-        return value.opcodes
+        return value.opcodes + (opcodes(value.value, storages) if value.rest else b"") + value.rest
     if isinstance(value, Instance):
         state = b"" if value.state is None else opcodes(value.state, storages) + b"b"
         return global_(value.name) + b")\x81" + items(value.items or {}, storages) + state
