@@ -159,8 +159,8 @@ def config_class(path: epath.PathLike) -> type[ExperimentConfig]:
         raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
     kind = kind_of(keys)
     if kind is None or not kind.run:
-        what = "a config of no kind that is known" if kind is None else kind.what
-        raise ValueError(f"{path} is neither a run nor an exported model: it has {what}.")
+        what = "of no kind that is known" if kind is None else kind.what
+        raise ValueError(f"{path} is neither a run nor an exported model: it is {what}.")
     return CONFIGS[kind.config]
 
 

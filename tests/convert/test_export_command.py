@@ -128,11 +128,11 @@ def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
         (
             load_image_vae,
             "weights",
-            "is converted weights of a DiT, not an image autoencoder: generate.py --class-labels",
+            "is a converted DiT, not an image autoencoder: generate.py --class-labels",
         ),
-        (load_vit, "weights", "is converted weights of a DiT, not converted weights of a ViT"),
-        (load_dit, "pairs", "is a contrastive NaViT, not converted weights of a DiT: train.py --init-from"),
-        (config_class, "weights", "is neither a run nor an exported model: it has converted weights of a DiT"),
+        (load_vit, "weights", "is a converted DiT, not a converted ViT"),
+        (load_dit, "pairs", "is a contrastive NaViT, not a converted DiT: train.py --init-from"),
+        (config_class, "weights", "is neither a run nor an exported model: it is a converted DiT"),
     ],
 )
 def test_a_model_of_another_kind_is_called_by_its_name(runs, load, name, words):
