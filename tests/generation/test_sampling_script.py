@@ -78,6 +78,7 @@ def test_a_set_with_a_sample_that_is_not_finite_keeps_the_good_shards_alone(pixe
     assert read_samples(tmp_path / "5").shape == (11, 4, 4, 3)
 
 
+@pytest.mark.slow
 def test_a_set_goes_on_with_another_batch_for_more_samples_or_fewer(pixels, tmp_path, capsys):
     sampling.sample(options(pixels, tmp_path / "whole", num_samples=13))
     sampling.sample(options(pixels, tmp_path / "set", num_samples=7))
