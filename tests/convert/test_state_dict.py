@@ -249,6 +249,15 @@ def test_archives_of_another_kind_are_called_by_their_names(tmp_path):
         read_weights(tmp_path / "a.pt", "net", MARKS)
 
 
+def test_a_storage_that_says_it_is_larger_than_its_file_is_refused_before_it_is_read(tmp_path):
+    data = bytearray(TORCH)
+    at = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)  # of the first storage, in the archive's directory
+    data[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2  # packed and whole size
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="has not the 2147483648 bytes"):
+        read_weights(tmp_path / "a.pt", "net", MARKS)
+
+
 def test_nothing_is_allocated_that_the_file_has_not(tmp_path):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
