@@ -19,9 +19,12 @@ Each subcommand has its own --help.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import tyro
@@ -38,7 +41,7 @@ from sora_jax.convert.sd_vae import convert_sd_vae
 from sora_jax.convert.vit import convert_vit
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.generation.video_io import check_writable, write_whole
-from sora_jax.training.checkpoint import FOLDER, export_model, load_model
+from sora_jax.training.checkpoint import FOLDER, config_class, export_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +154,12 @@ class DiTCommand:
     """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...), for `load_dit`.
 
     Attributes:
-        source: .pt file (the averaged weights of a training checkpoint are taken); or a directory with config.json and
-            diffusion_pytorch_model.safetensors or .bin, or with the folder transformer that has them, or that file.
+        source: file in the official layout (the averaged weights of a training checkpoint are taken); or a directory
+            with config.json and weights, or with the folder transformer that has them, or that file of weights.
         output: directory to write.
-        num_heads: attention heads of a .pt file of a size that is not published (it does not tell them).
+        num_heads: attention heads of an official file of a size that is not published (it does not tell them).
+        num_classes: classes of an official file (default: one fewer than its label table has rows, the last of which is
+            the null class; as many as rows means that there is none, and no guidance).
         official_frequencies: of a model of diffusers, embed timesteps as the official code does, with which the
             published weights were trained, instead of as diffusers does.
         json: also write the table to this file.
@@ -163,12 +168,13 @@ class DiTCommand:
     source: str
     output: str
     num_heads: int | None = None
+    num_classes: int | None = None
     official_frequencies: bool = False
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
         """Writes the model and returns the size of each file."""
-        files = convert_dit(self.source, self.num_heads, self.official_frequencies)
+        files = convert_dit(self.source, self.num_heads, self.official_frequencies, self.num_classes)
         return write_files(epath.Path(self.output), files)
 
 
@@ -193,7 +199,7 @@ class InceptionCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ExportCommand:
-    """The averaged (EMA) weights of a run as model.safetensors and config.json, which generate.py and evaluate.py read.
+    """The averaged (EMA) weights of a run as model.safetensors and config.json, which are read wherever the run is.
 
     Attributes:
         source: run (its newest checkpoint), one checkpoint (RUN/checkpoints/STEP) or an exported model.
@@ -214,9 +220,12 @@ class ExportCommand:
         run = source.parent.parent if source.parent.name == FOLDER else source
         if (run / FOLDER).exists() and run in (output, *output.parents):
             raise ValueError(f"--output must be outside of the run {run}, got {self.output}.")
-        config, params = load_model(self.source)
-        # Where the data lay on the machine that trained the model means nothing elsewhere.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+        config, params = load_model(self.source, kind=config_class(self.source))
+        # Where data and autoencoder lay on the machine that trained the model means nothing elsewhere.
+        for part, field in (("data", "path"), ("sample", "vae")):
+            if hasattr(getattr(config, part, None), field):
+                there = dataclasses.replace(getattr(config, part), **{field: ""})
+                config = dataclasses.replace(config, **{part: there})
         export_model(output, config, params, storage_dtype=self.storage_dtype)
         files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
         return {"output": self.output, "files": files}
@@ -251,6 +260,22 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+@contextlib.contextmanager
+def printed(name: str) -> Iterator[None]:
+    """Prints what the loggers of a package say: what was taken of a file, and what was assumed of it."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stdout)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
@@ -258,7 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("--output", command.output, directory=True)
         if command.json is not None:
             check_writable("--json", command.json)
-        result = command.run()
+        with printed("sora_jax.convert"):
+            result = command.run()
         if command.json is not None:
             write_whole(command.json, (json.dumps(result, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:

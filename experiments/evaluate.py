@@ -52,6 +52,6 @@ if __name__ == "__main__":
         kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
         command = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
         next(run for kind, run in COMMANDS.values() if isinstance(command, kind))(command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -41,7 +41,7 @@ class GenerateOptions:
         width: in pixels, a multiple of the model's patch.
         fps: frames a second.
         num_steps: steps of the sampler (DiT: 250).
-        guidance_scale: of classifier-free guidance; 1 is none (DiT: 4).
+        guidance_scale: of classifier-free guidance; 1 is none (DiT: 4, and 1 where it has no null class).
         guided_channels: of a DiT; guidance is of so many of the first channels, as in the official code; 0 for all.
         seed: prompt i has the seed `seed` + i.
         sampler: `heun` costs twice as much a step; `dpm++` and `unipc` need the fewest steps (default: `euler`; DiT:
@@ -161,8 +161,8 @@ def generate_classes(options: GenerateOptions) -> None:
 
     from sora_jax.generation import video_io
     from sora_jax.generation.class_conditional import ClassConditionalSampler
-    from sora_jax.generation.pipeline import to_pixels
     from sora_jax.generation.progress import ProgressBar
+    from sora_jax.pixels import to_pixels
 
     video_io.check_writable("--output", options.output, directory=True)
     if options.json is not None:
@@ -176,9 +176,11 @@ def generate_classes(options: GenerateOptions) -> None:
     settings = {
         "sampler": options.sampler or "ancestral",
         "num_steps": num_steps,
-        "guidance_scale": 4.0 if options.guidance_scale is None else options.guidance_scale,
+        "guidance_scale": options.guidance_scale,
         "guided_channels": options.guided_channels or None,
     }
+    if options.guidance_scale is None:
+        settings["guidance_scale"] = 4.0 if sampler.config.has_null_class else 1.0
     loaded = time.perf_counter()
     bar = ProgressBar()
     images = sampler(
@@ -252,6 +254,6 @@ if __name__ == "__main__":
     prepare_process()
     try:
         main(tyro.cli(GenerateOptions, description=__doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

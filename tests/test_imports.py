@@ -9,11 +9,12 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"array_types", "config", "config_json"}
+BASE = {"array_types", "config", "config_json", "pixels"}
 ALLOWED = {
     "array_types": set(),
     "config": set(),
     "config_json": set(),
+    "pixels": {"array_types"},
     "diffusion": BASE | {"patches"},
     "patches": BASE,
     "models": BASE | {"diffusion", "patches"},

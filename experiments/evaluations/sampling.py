@@ -23,11 +23,18 @@ from sora_jax.config_json import to_json
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
 from sora_jax.evaluation.image_files import ImageFiles
-from sora_jax.evaluation.manifest import Environment, SampleManifest, file_hash, params_hash
+from sora_jax.evaluation.manifest import (
+    Environment,
+    SampleManifest,
+    file_hash,
+    manifest_path,
+    params_hash,
+    read_manifest,
+)
 from sora_jax.evaluation.sample_store import SampleStore
 from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
-from sora_jax.generation.pipeline import to_pixels
 from sora_jax.generation.video_io import check_writable, write_image, write_whole
+from sora_jax.pixels import to_pixels
 
 SAMPLES_FILE, SHEET_FILE = "samples.npz", "sheet.png"
 SHEET_COLUMNS, SHEET_ROWS = 8, 8
@@ -40,8 +47,9 @@ class DrawOptions:
 
     Attributes:
         checkpoint: a run, an exported model, or what `convert_checkpoint.py dit` wrote.
-        output: directory; started again on the same one, it goes on where it stopped.
-        num_samples: images.
+        output: directory; started again on the same one, it goes on where it stopped, with another `num_samples` or
+            `batch_size` too.
+        num_samples: images; the first of more are the same.
         vae: autoencoder of a model of latents, what `convert_checkpoint.py sd-vae` wrote.
         weights_of_run: which of a run's: the average (`ema`) or the last.
         labels_of: a prepared data set whose classes are asked for as often as its training split has them (default:
@@ -50,7 +58,8 @@ class DrawOptions:
         guided_channels: guidance is of so many of the first channels, as in the official code; 0 for all.
         size: height and width in pixels (default: what the model was trained on).
         seed: of noise and labels.
-        batch_size: images that are drawn at once, over all devices of a host.
+        batch_size: images that are drawn at once, over all devices of a host. Those of another size differ by rounding
+            alone, so by one level of a pixel at most and rarely; the manifest tells it.
         multihost: this is one of several hosts, each running this command on one `output`.
     """
 
@@ -176,7 +185,11 @@ class Drawing:
         # A shard is one call of the sampler: what is interrupted loses one batch.
         manifest = self.manifest(num_steps, guidance_scale)
         store = SampleStore(directory, manifest, shard_size=options.batch_size)
-        missing = sum(shard.stop - shard.start for shard in store.missing())
+        for name in store.damaged:
+            print(f"{store.directory / name} is cut short: its samples are drawn again.")
+        if (more := store.num_beyond) > 0:
+            print(f"{store.directory} holds {more} samples more than --num-samples {manifest.num_samples}: left out.")
+        missing = sum(map(len, store.missing()))
         label = f"{num_steps} steps, guidance {guidance_scale:g}"
         with tqdm(desc=label, total=manifest.num_samples, initial=manifest.num_samples - missing, unit="image") as bar:
             store.fill(
@@ -262,11 +275,10 @@ def sample(options: SampleOptions) -> None:
     check_outputs(options)
     if options.multihost:
         jax.distributed.initialize()
-    drawing = Drawing(options)
-    path = drawing.fill(options.output, options.num_steps, options.guidance_scale)
+    path = Drawing(options).fill(options.output, options.num_steps, options.guidance_scale)
     if path is None:
         return
-    manifest = to_json(drawing.manifest(options.num_steps, options.guidance_scale))
+    manifest = to_json(read_manifest(SampleManifest, manifest_path(path)))
     print(manifest)
     print(f"{path}\n{path.parent / SHEET_FILE}  the sheet")
     if options.json is not None:

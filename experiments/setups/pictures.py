@@ -18,6 +18,7 @@ from sora_jax.diffusion.schedules import respaced_steps
 from sora_jax.evaluation import plots
 from sora_jax.evaluation.bound import BoundEstimate
 from sora_jax.generation.progress import ProgressBar
+from sora_jax.pixels import check_steps
 from sora_jax.training.tasks.diffusion import BinomialTask, DiffusionTask, GaussianTask
 
 Pictures = dict[str, bytes]  # PNGs by the names of their files
@@ -97,6 +98,10 @@ def run_chain(
         state = chunk(state, Levels(*(a[first : last + 1] for a in levels)))
         path.append(np.asarray(state.x))
     bar(num_steps, num_steps)
+    steps = np.asarray(state.first_bad).reshape(count, -1)
+    steps = np.where(steps < 0, num_steps, steps).min(axis=1)
+    names = [f"sample {i} ({title})" for i in range(count)]
+    check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, "the model itself makes them so")
     return path
 
 

@@ -16,7 +16,9 @@ from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.config_json import to_json
-from sora_jax.convert.diffusers_reader import find_weights, is_count, read_options, read_weights, with_new_names
+from sora_jax.convert.diffusers_reader import is_count, with_new_names
+from sora_jax.convert.state_dict import check_size, missing, unknown
+from sora_jax.convert.weight_files import find_weights, read_options, read_weights
 from sora_jax.models.unet import UNet, UNetConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
@@ -132,11 +134,14 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: UNetConfig) -> dict
     Raises:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
+    check_size("UNet2DModel weights", config.num_blocks, state)
     state, tensors = with_new_names(state, "UNet2DModel"), {}
+    expected = []
     for name, leaf in flat_names(nn.meta.unbox(abstract_params(UNet(config)))).items():
         source = _source_name(name, len(config.multipliers))
+        expected.append(source)
         if source not in state:
-            raise ValueError(f"UNet2DModel weights: tensor {source} is missing.")
+            raise missing("UNet2DModel weights", [source], state)
         value = state.pop(source)
         shape = leaf.shape
         if name.endswith("shortcut.kernel"):
@@ -149,7 +154,7 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: UNetConfig) -> dict
             raise ValueError(f"UNet2DModel weights: {source} has a value that is not finite.")
         tensors[name] = value
     if state:
-        raise ValueError(f"UNet2DModel weights: tensor {min(state)} is unknown.")
+        raise unknown("UNet2DModel weights", state, expected)
     return tensors
 
 
@@ -167,14 +172,15 @@ def convert_ddpm(source: epath.PathLike, config: epath.PathLike | None = None) -
         FileNotFoundError: weights or config that are missing.
         ValueError: files that do not hold such a network; the message names them.
     """
-    weights = find_weights(source, "U-Net")
+    weights = find_weights(source, "U-Net", folder="unet")
     values, path = read_options(weights, config, "U-Net")
     try:
         converted = convert_config(values)
     except ValueError as error:
         raise ValueError(f"{path} cannot be converted: {error}") from error
+    state, _ = read_weights(weights, "U-Net", ("time_embedding.linear_1.weight",))
     try:
-        tensors = convert_tensors(read_weights(weights), converted)
+        tensors = convert_tensors(state, converted)
     except ValueError as error:
         raise ValueError(f"{weights} cannot be converted: {error}") from error
     return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(converted).encode()}

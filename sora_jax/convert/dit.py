@@ -2,7 +2,8 @@
 
 Two layouts are read: the state dict of the official code (facebookresearch/DiT: `DiT-XL-2-256x256.pt`, or a checkpoint
 of its `train.py`, of which the averaged weights are taken), and diffusers' `DiTTransformer2DModel`, `config.json`
-beside `diffusion_pytorch_model.safetensors` or `.bin`, as in the folder `transformer` of `facebook/DiT-XL-2-256`.
+beside the weights, as in the folder `transformer` of `facebook/DiT-XL-2-256`. Either may be a file of PyTorch or of
+safetensors, in parts or whole, and wrapped (`sora_jax.convert.state_dict`).
 Tensors are renamed, cut apart (queries, keys and values) and transposed, never mixed.
 
 The two are not quite one network, and each is converted to what its own code computes. diffusers spaces the
@@ -13,6 +14,7 @@ which is not imitated: at activations of order 1 it changes outputs by a few mil
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -25,12 +27,17 @@ from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.config_json import to_json
-from sora_jax.convert.torch_reader import read_torch
-from sora_jax.convert.vit import Source, gather_tensors, read_torch_model
+from sora_jax.convert.state_dict import check_depth, check_size, missing
+from sora_jax.convert.vit import Source, gather_tensors
+from sora_jax.convert.weight_files import read_options, read_weights
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, abstract_params, sincos_positions
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_LOGGER = logging.getLogger(__name__)
+
+OFFICIAL_MARK, DIFFUSERS_MARK = "x_embedder.proj.weight", "pos_embed.proj.weight"
+# Sines as bfloat16, which a file may have or may have had, are off by 2e-3 (half precision: 5e-4).
+POSITION_TOLERANCE = 4e-3
 OFFICIAL, DIFFUSERS = "DiT weights", "DiTTransformer2DModel weights"
 
 _BLOCKS = "blocks."
@@ -90,31 +97,38 @@ _NEEDED = (
 _UNUSED = ("dropout", "norm_num_groups", "out_channels", "upcast_attention")
 
 
-def official_config(state: Mapping[str, NumpyArray], num_heads: int | None = None) -> DiTConfig:
+def official_config(
+    state: Mapping[str, NumpyArray], num_heads: int | None = None, num_classes: int | None = None
+) -> DiTConfig:
     """Reads the sizes off the tensors of an official state dict.
 
     Args:
         state: the tensors.
         num_heads: which no tensor tells; None for those of the published size of the same width and depth.
+        num_classes: which no tensor tells either: the label table has a row more for the null class, or not where no
+            labels were dropped in training. None assumes that it has, and logs it.
 
     Raises:
-        ValueError: a tensor without which the sizes are not known, or positions that make no square, named; or a width
-            and depth of no published size without `num_heads`.
+        ValueError: a tensor without which the sizes are not known, or positions that make no square, named; a width
+            and depth of no published size without `num_heads`; or `num_classes` that the label table cannot have.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"{OFFICIAL}: tensor {name} is missing.")
+            raise missing(OFFICIAL, [name], state)
         if state[name].ndim != ndim:
             raise ValueError(f"{OFFICIAL}: {name} must have {ndim} axes, got shape {state[name].shape}.")
         return state[name].shape
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    if "pos_embed" not in state:
+        raise ValueError(f"{OFFICIAL}: tensor pos_embed is missing, which tells the size of the images.")
     num_places = shape("pos_embed", 3)[1]
     side = math.isqrt(num_places)
     if side * side != num_places:
         raise ValueError(f"{OFFICIAL}: pos_embed has {num_places} places, which make no square.")
-    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m), default=0)
+    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", name) for name in state) if m}
+    depth = check_depth(OFFICIAL, blocks, "blocks.")
     if num_heads is None:
         published = {(c.width, c.depth): c.num_heads for c in DIT_SIZES.values()}
         if (width, depth) not in published:
@@ -130,7 +144,7 @@ def official_config(state: Mapping[str, NumpyArray], num_heads: int | None = Non
         depth=depth,
         num_heads=num_heads,
         mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
-        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        **_classes(shape("y_embedder.embedding_table.weight", 2)[0], num_classes),
         learned_variance=shape("final_layer.linear.weight", 2)[0] == 2 * channels * patch**2,
         frequency_dim=shape("t_embedder.mlp.0.weight", 2)[1],
     )
@@ -143,10 +157,31 @@ def from_official(state: Mapping[str, NumpyArray], config: DiTConfig) -> dict[st
         ValueError: like `gather_tensors`, or positions that are not the fixed ones.
     """
     if "pos_embed" not in state:
-        raise ValueError(f"{OFFICIAL}: tensor pos_embed is missing.")
+        raise missing(OFFICIAL, ["pos_embed"], state)
     state = dict(state)
     _check_positions(state.pop("pos_embed"), config, f"{OFFICIAL}: pos_embed")
     return gather_tensors(state, _sources(config, _OFFICIAL_LAYERS, "blocks"), _shapes(config), OFFICIAL)
+
+
+def _classes(num_rows: int, num_classes: int | None) -> dict[str, int]:
+    """Returns the fields of `DiTConfig` for a label table of so many rows."""
+    if num_classes is None:
+        if num_rows == 1:
+            _LOGGER.info("the label table has 1 row: 1 class and no null class, so that guidance is not possible.")
+            return {"num_classes": 1, "num_label_rows": 1}
+        _LOGGER.info(
+            "the label table has %d rows: %d classes and the null class are assumed; if no labels were dropped in "
+            "training, and there is no null class, give --num-classes %d.", num_rows, num_rows - 1, num_rows
+        )  # fmt: skip
+        return {"num_classes": num_rows - 1}
+    if num_classes == num_rows - 1:
+        return {"num_classes": num_classes}
+    if num_classes == num_rows:
+        return {"num_classes": num_classes, "num_label_rows": num_rows}
+    raise ValueError(
+        f"{OFFICIAL}: num_classes must be {num_rows - 1} (and the null class) or {num_rows} for the {num_rows} rows of "
+        f"y_embedder.embedding_table.weight, got {num_classes}."
+    )
 
 
 def diffusers_config(values: Mapping[str, Any], official_frequencies: bool = False) -> DiTConfig:
@@ -201,6 +236,7 @@ def from_diffusers(state: Mapping[str, NumpyArray], config: DiTConfig) -> dict[s
             timestep and class are not the same.
     """
     state = dict(state)
+    check_size(DIFFUSERS, config.depth, state)
     if "pos_embed.pos_embed" in state:  # in older files
         _check_positions(state.pop("pos_embed.pos_embed"), config, f"{DIFFUSERS}: pos_embed.pos_embed")
     first = _EMBEDDINGS.format(0)
@@ -208,23 +244,27 @@ def from_diffusers(state: Mapping[str, NumpyArray], config: DiTConfig) -> dict[s
         for block in range(1, config.depth):
             other = _EMBEDDINGS.format(block) + name.removeprefix(first)
             if other not in state:
-                raise ValueError(f"{DIFFUSERS}: tensor {other} is missing.")
+                raise missing(DIFFUSERS, [other], state)
             if not np.array_equal(state.pop(other), state[name]):
                 raise ValueError(f"{DIFFUSERS}: {other} must equal {name}: all blocks of a DiT share it.")
     return gather_tensors(state, _sources(config, _DIFFUSERS_LAYERS, "transformer_blocks"), _shapes(config), DIFFUSERS)
 
 
 def convert_dit(
-    source: epath.PathLike, num_heads: int | None = None, official_frequencies: bool = False
+    source: epath.PathLike,
+    num_heads: int | None = None,
+    official_frequencies: bool = False,
+    num_classes: int | None = None,
 ) -> dict[str, bytes]:
     """Converts a DiT.
 
     Args:
-        source: an official `.pt` (or `.pth`) file: a state dict, or a checkpoint that has one as `ema` (taken first)
-            or `model`. Or a directory of diffusers with `config.json` and one of `DIFFUSERS_WEIGHTS`, or with the
-            folder `transformer` that holds them; or that file of weights beside its config.
+        source: a file in the official layout: a state dict, or a checkpoint that has one, averaged (taken first) or
+            not. Or a directory of diffusers with `config.json` and weights, or with the folder `transformer` that
+            holds them; or that file of weights beside its config.
         num_heads: of an official file of a size that is not published.
         official_frequencies: of a model of diffusers, see the module.
+        num_classes: of an official file, see `official_config`.
 
     Returns:
         The contents of the files that `load_dit` reads, by name.
@@ -233,41 +273,19 @@ def convert_dit(
         FileNotFoundError: weights or config that are missing.
         ValueError: files that do not hold such a network; the message names them.
     """
-    weights = epath.Path(source)
-    if weights.suffix in (".pt", ".pth"):
-        if not weights.is_file():
-            raise FileNotFoundError(f"no DiT at {weights}.")
-        try:
-            state = _read_official(weights)
-            config = official_config(state, num_heads)
-            tensors = from_official(state, config)
-        except ValueError as error:
-            raise ValueError(f"{weights} cannot be converted: {error}") from error
-    else:
-        if (weights / "transformer").is_dir():
-            weights = weights / "transformer"
-        values, state, weights = read_torch_model(weights, "DiT", DIFFUSERS_WEIGHTS)
-        try:
+    state, weights = read_weights(source, "DiT", (OFFICIAL_MARK, DIFFUSERS_MARK), folder="transformer")
+    if DIFFUSERS_MARK in state:
+        values, _ = read_options(weights, None, "DiT")
+    try:
+        if DIFFUSERS_MARK in state:
             config = diffusers_config(values, official_frequencies)
             tensors = from_diffusers(state, config)
-        except ValueError as error:
-            raise ValueError(f"{weights} cannot be converted: {error}") from error
+        else:
+            config = official_config(state, num_heads, num_classes)
+            tensors = from_official(state, config)
+    except ValueError as error:
+        raise ValueError(f"{weights} cannot be converted: {error}") from error
     return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(config).encode()}
-
-
-def _read_official(path: epath.Path) -> dict[str, NumpyArray]:
-    """Returns the state dict that an official file is or holds."""
-    values = read_torch(path)
-    for key in ("ema", "model"):
-        if isinstance(values, dict) and isinstance(values.get(key), dict):
-            values = values[key]
-            break
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f"expected a state dict (names to tensors), got {type(values).__name__}.")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise ValueError(f"expected a state dict (names to tensors), got {type(value).__name__} at {name!r}.")
-    return values
 
 
 def _sources(config: DiTConfig, layers: Mapping[str, str], blocks: str) -> dict[str, Source]:
@@ -297,12 +315,12 @@ def _sources(config: DiTConfig, layers: Mapping[str, str], blocks: str) -> dict[
 
 def _check_positions(table: NumpyArray, config: DiTConfig, name: str) -> None:
     """Raises ValueError where a stored table of positions is not what `DiT` computes."""
+    shape = (1, math.prod(config.grid), config.width)
+    if table.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {table.shape}.")
     places = np.stack(np.meshgrid(*map(np.arange, config.grid), indexing="ij"), axis=-1).reshape(-1, 2)
     expected = sincos_positions(jnp.asarray(places, jnp.float32), config.width)
-    if table.shape != (1, *expected.shape):
-        raise ValueError(f"{name} must be {(1, *expected.shape)}, got {table.shape}.")
-    # Half precision, which a file may have, is off by 5e-4.
-    if not np.abs(table[0].astype(np.float32) - expected).max() < 1e-3:
+    if not np.abs(table[0].astype(np.float32) - expected).max() < POSITION_TOLERANCE:
         raise ValueError(f"{name} is not the fixed embedding of a grid of {config.grid[0]} x {config.grid[1]} patches.")
 
 

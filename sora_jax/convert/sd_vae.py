@@ -23,8 +23,9 @@ from flax import linen as nn
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.config_json import to_json
-from sora_jax.convert.diffusers_reader import find_weights, is_count, read_options, read_weights, with_new_names
-from sora_jax.convert.torch_reader import read_torch
+from sora_jax.convert.diffusers_reader import is_count, with_new_names
+from sora_jax.convert.state_dict import check_size, missing, unknown
+from sora_jax.convert.weight_files import read_options, read_weights
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
@@ -52,8 +53,8 @@ _BLOCK_LAYERS = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": 
 _ATTENTION_LAYERS = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
 _OUT_LAYERS = {"norm": "conv_norm_out", "conv": "conv_out"}
 
-_LDM_PREFIX = "first_stage_model."
 _LDM_MARK = "encoder.mid.block_1.norm1.weight"
+_DIFFUSERS_MARK = "encoder.mid_block.resnets.0.norm1.weight"
 # Latent diffusion's names, as patterns, and diffusers' names for them; `up` counts from the finest level there.
 _LDM_NAMES = (
     (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
@@ -123,11 +124,14 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: ImageVAEConfig) -> 
     Raises:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
+    check_size("AutoencoderKL weights", config.num_blocks, state)
     state, tensors = with_new_names(state, "AutoencoderKL"), {}
+    expected = []
     for name, leaf in flat_names(nn.meta.unbox(abstract_params(ImageVAE(config)))).items():
         source = _source_name(name, len(config.widths))
+        expected.append(source)
         if source not in state:
-            raise ValueError(f"AutoencoderKL weights: tensor {source} is missing.")
+            raise missing("AutoencoderKL weights", [source], state)
         value = state.pop(source)
         # Theirs are 1x1 convolutions; in the attention of old files too, which newer ones have as matrices.
         shape = leaf.shape
@@ -142,7 +146,7 @@ def convert_tensors(state: Mapping[str, NumpyArray], config: ImageVAEConfig) -> 
             raise ValueError(f"AutoencoderKL weights: {source} has a value that is not finite.")
         tensors[name] = value
     if state:
-        raise ValueError(f"AutoencoderKL weights: tensor {min(state)} is unknown.")
+        raise unknown("AutoencoderKL weights", state, expected)
     return tensors
 
 
@@ -161,13 +165,7 @@ def convert_sd_vae(source: epath.PathLike, config: epath.PathLike | None = None)
         FileNotFoundError: weights or config that are missing.
         ValueError: files that do not hold such a network; the message names them.
     """
-    weights = epath.Path(source)
-    if not (weights.is_file() and weights.suffix in (".ckpt", ".pt")):
-        weights = find_weights(source, "VAE")
-    try:
-        state = _read_state(weights)
-    except ValueError as error:
-        raise ValueError(f"{weights} cannot be converted: {error}") from error
+    state, weights = read_weights(source, "VAE", (_LDM_MARK, _DIFFUSERS_MARK), folder="vae")
     ldm = _from_latent_diffusion(state)
     if ldm is None:
         values, path = read_options(weights, config, "VAE")
@@ -184,26 +182,12 @@ def convert_sd_vae(source: epath.PathLike, config: epath.PathLike | None = None)
     return {WEIGHTS_FILE: tensor_bytes(tensors), CONFIG_FILE: to_json(converted).encode()}
 
 
-def _read_state(weights: epath.Path) -> dict[str, NumpyArray]:
-    """Returns the tensors of a file; of a training checkpoint those of its `state_dict`."""
-    if weights.suffix in (".safetensors", ".bin"):
-        return read_weights(weights)
-    values = read_torch(weights)
-    values = values.get("state_dict", values) if isinstance(values, dict) else {}
-    state = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    if not state:
-        raise ValueError("expected a state dict (names to tensors).")
-    return state
-
-
 def _from_latent_diffusion(state: Mapping[str, NumpyArray]) -> dict[str, NumpyArray] | None:
     """Returns the autoencoder's tensors by diffusers' names; None where the layout is not latent diffusion's."""
-    prefix = next((p for p in (_LDM_PREFIX, "") if p + _LDM_MARK in state), None)
-    if prefix is None:
+    if _LDM_MARK not in state:
         return None
-    # Beside them stand the loss's discriminator or, where there is a prefix, the rest of Stable Diffusion.
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    names = [n.removeprefix(prefix) for n in state if n.startswith(prefix) and n.removeprefix(prefix).startswith(parts)]
+    # Beside them stands the loss's discriminator.
+    names = [name for name in state if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))]
     coarsest = max((int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", name) for name in names) if m), default=0)
     renamed = {}
     for name in names:
@@ -213,7 +197,7 @@ def _from_latent_diffusion(state: Mapping[str, NumpyArray]) -> dict[str, NumpyAr
         if match := re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", new):
             kind = {"block": "resnets", "upsample": "upsamplers.0"}[match[2]]
             new = f"decoder.up_blocks.{coarsest - int(match[1])}.{kind}.{match[3]}"
-        renamed[new] = state[prefix + name]
+        renamed[new] = state[name]
     return renamed
 
 

@@ -11,12 +11,8 @@ The values of a patch run in the order y, x, channel in the official kernel (P, 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,12 +23,13 @@ from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
 from sora_jax.config_json import to_json
-from sora_jax.convert.torch_reader import read_state_dict
+from sora_jax.convert.state_dict import check_depth, check_size, missing, unknown
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, flat_group_norms, npz_stem, timm_to_npz
+from sora_jax.convert.weight_files import find_weights, read_npz, read_options, read_weights
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, read_tensors, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
-TORCH_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+MARKS = ("vit.embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight")
 
 _NPZ_LAYERS = {
     "patch_embedding": "embedding",
@@ -105,14 +102,14 @@ def gather_tensors(
     Raises:
         ValueError: a tensor that is missing, left over, of another shape or not finite; the message names it.
     """
-    used, tensors = set(), {}
+    expected = dict.fromkeys(key for source in sources.values() for key in source.names)
+    if lacking := [key for key in expected if key not in state]:
+        raise missing(kind, lacking, state)
+    tensors = {}
     for name, source in sources.items():
         values = []
         for key in source.names:
-            if key not in state:
-                raise ValueError(f"{kind}: tensor {key} is missing.")
             value = state[key]
-            used.add(key)
             if value.shape != source.shape:
                 raise ValueError(f"{kind}: {key} must be {source.shape}, got {value.shape}.")
             part, count = source.part
@@ -121,8 +118,8 @@ def gather_tensors(
                 raise ValueError(f"{kind}: {key} has a value that is not finite.")
             values.append(value.transpose(source.axes))
         tensors[name] = np.stack(values).reshape(shapes[name])
-    if left := state.keys() - used:
-        raise ValueError(f"{kind}: tensor {min(left)} is unknown.")
+    if left := state.keys() - expected.keys():
+        raise unknown(kind, left, expected)
     return tensors
 
 
@@ -142,7 +139,7 @@ def npz_config(state: Mapping[str, NumpyArray], image_size: tuple[int, int] | No
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"ViT .npz weights: tensor {name} is missing.")
+            raise missing("ViT .npz weights", [name], state)
         if state[name].ndim != ndim:
             raise ValueError(f"ViT .npz weights: {name} must have {ndim} axes, got shape {state[name].shape}.")
         return state[name].shape
@@ -158,13 +155,14 @@ def npz_config(state: Mapping[str, NumpyArray], image_size: tuple[int, int] | No
         if side * side != num_places:
             raise ValueError(f"ViT .npz weights: {positions} has {num_places} patches, which make no square.")
         image_size = (side * patch, side * patch)
-    found = (re.match(r"Transformer/encoderblock_(\d+)/", name) for name in state)
+    prefix = "Transformer/encoderblock_"
+    blocks = {int(match[1]) for match in (re.match(rf"{prefix}(\d{{1,9}})/", name) for name in state) if match}
     return ViTConfig(
         image_size=image_size,
         patch_size=patch,
         channels=channels,
         width=width,
-        depth=1 + max((int(match[1]) for match in found if match), default=0),
+        depth=check_depth("ViT .npz weights", blocks, prefix),
         num_heads=shape(f"{first}/MultiHeadDotProductAttention_1/query/kernel", 3)[1],
         mlp_dim=shape(f"{first}/MlpBlock_3/Dense_0/kernel", 2)[1],
         pooling="token" if "cls" in state else "mean",
@@ -312,13 +310,16 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
     """
     source = epath.Path(source)
     if source.suffix != ".npz":
-        values, state, weights = read_torch_model(source, "ViT")
+        values, _ = read_options(find_weights(source, "ViT"), None, "ViT")
+        state, weights = read_weights(source, "ViT", MARKS)
         try:
+            state = file_names(state)
             if "patch_embed.proj.weight" in state:
                 config, tensors = _from_timm(state, image_size)
             else:
                 head = state.get("classifier.bias")
                 config = torch_config(values, 0 if head is None else len(head))
+                check_size("ViT weights", config.depth, state)
                 shapes, kernel = _shapes(config), (config.patch_size, config.patch_size)
                 sources = torch_sources(shapes, kernel, config.depth, "vit.")
                 tensors = gather_tensors(state, sources, shapes, "ViT weights")
@@ -347,62 +348,13 @@ def _from_timm(
     return config, flat_names(from_npz(state, config))
 
 
-def read_npz(path: epath.PathLike) -> dict[str, NumpyArray]:
-    """Returns the arrays of an `.npz` file; nothing pickled is read.
-
-    Raises:
-        ValueError: a truncated or another file.
-    """
-    try:
-        with np.load(io.BytesIO(epath.Path(path).read_bytes())) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"not a whole .npz file: {error}") from error
-
-
-def read_torch_model(
-    source: epath.Path, kind: str, names: tuple[str, ...] = TORCH_WEIGHTS
-) -> tuple[dict[str, Any], dict[str, NumpyArray], epath.Path]:
-    """Reads a model of transformers, timm or diffusers.
-
-    Args:
-        source: a directory with `config.json` and one of the files `names`, or that file.
-        kind: what errors call the model.
-        names: of the files of weights, the first taken first.
-
-    Returns:
-        The options of its config, its tensors by the names that files have (a state dict saved from transformers 5
-        has others), and the file that they were in.
-
-    Raises:
-        FileNotFoundError: weights or config that are missing.
-        ValueError: a file that cannot be read; the message names it.
-    """
-    weights = source
-    if source.is_dir():
-        weights = next((source / name for name in names if (source / name).is_file()), source)
-    if not weights.is_file():
-        raise FileNotFoundError(f"no {kind} at {source}: it holds neither {' nor '.join(names)}.")
-    if weights.suffix not in (".safetensors", ".bin"):
-        raise ValueError(f"{source} must be a .safetensors or a .bin file or a directory that holds one.")
-    config = weights.parent / CONFIG_FILE
-    if not config.is_file():
-        raise FileNotFoundError(f"no config of a {kind} at {config}.")
-    try:
-        values = json.loads(config.read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, got {type(values).__name__}.")
-    except ValueError as error:
-        raise ValueError(f"{config} cannot be converted: {error}") from error
-    try:
-        state = read_state_dict(weights) if weights.suffix == ".bin" else read_tensors(weights)
-    except ValueError as error:
-        raise ValueError(f"{weights} cannot be converted: {error}") from error
-    return values, {_file_name(name): value for name, value in state.items()}, weights
+def file_names(state: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+    """Returns tensors by the names that files have: a state dict saved from transformers 5 has others."""
+    return {_file_name(name): value for name, value in state.items()}
 
 
 def _file_name(name: str) -> str:
-    """Returns the name in files of a tensor that may be called as in a state dict of transformers 5."""
+    """Returns the name in files of a tensor."""
     if match := re.fullmatch(r"(\w+)\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
         prefix, layer, part, leaf = match.groups()
         return f"{prefix}.encoder.layer.{layer}.{_NEW_NAMES.get(part, part)}.{leaf}"

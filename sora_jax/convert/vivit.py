@@ -13,7 +13,9 @@ from etils import epath
 from flax import linen as nn
 
 from sora_jax.config_json import to_json
-from sora_jax.convert.vit import common_options, expect_options, gather_tensors, read_torch_model, torch_sources
+from sora_jax.convert.state_dict import check_size
+from sora_jax.convert.vit import common_options, expect_options, file_names, gather_tensors, torch_sources
+from sora_jax.convert.weight_files import find_weights, read_options, read_weights
 from sora_jax.models.vivit import ViViT, ViViTConfig, abstract_params
 from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
 
@@ -54,10 +56,13 @@ def convert_vivit(source: epath.PathLike) -> dict[str, bytes]:
         FileNotFoundError: weights or config that are missing.
         ValueError: files that do not hold such a network; the message names them.
     """
-    values, state, weights = read_torch_model(epath.Path(source), "ViViT")
+    values, _ = read_options(find_weights(source, "ViViT"), None, "ViViT")
+    state, weights = read_weights(source, "ViViT", ("vivit.embeddings.patch_embeddings.projection.weight",))
     try:
+        state = file_names(state)
         head = state.get("classifier.bias")
         config = torch_config(values, 0 if head is None else len(head))
+        check_size("ViViT weights", config.depth, state)
         found = flat_names(nn.meta.unbox(abstract_params(ViViT(config))))
         shapes = {name: leaf.shape for name, leaf in found.items()}
         sources = torch_sources(shapes, config.tubelet_size, config.depth, "vivit.")

@@ -363,16 +363,20 @@ class State(NamedTuple):
         x: the state.
         memory: of the sampler.
         index: () int32, steps made.
+        first_bad: int32, of each cell (x without its last axis) the step, counted from 0, after which a value of it was
+            first not finite; -1 where all are.
     """
 
     x: Array
     memory: Any
     index: Int[Array, ""]
+    first_bad: Int[Array, "*cells"]
 
 
 def start(sampler: Sampler, x: Float[Array, "*shape"], levels: Levels) -> State:
     """Returns the state before the first step, at x and levels[0]."""
-    return State(x, sampler.start(x, Levels(*(a[0] for a in levels))), jnp.int32(0))
+    never = jnp.full(jnp.shape(x)[:-1], -1, jnp.int32)
+    return State(x, sampler.start(x, Levels(*(a[0] for a in levels))), jnp.int32(0), never)
 
 
 def sample_chunk(
@@ -405,7 +409,9 @@ def sample_chunk(
         now, to = pair
         fresh = noise(state.index) if sampler.stochastic else None
         x, memory = sampler.step(denoise, state.x, state.memory, now, to, state.index, fresh)
-        return State(_moved(state.x, x, now, to), memory, state.index + 1), None
+        x = _moved(state.x, x, now, to)
+        bad = (state.first_bad < 0) & ~jnp.isfinite(x).all(-1)
+        return State(x, memory, state.index + 1, jnp.where(bad, state.index, state.first_bad)), None
 
     pairs = Levels(*(a[:-1] for a in levels)), Levels(*(a[1:] for a in levels))
     return jax.lax.scan(body, state, pairs)[0]
@@ -417,7 +423,7 @@ def sample(
     levels: Levels,
     longest_chunk: int = 10,
     progress: Callable[[int], None] | None = None,
-) -> Array:
+) -> State:
     """Samples in equal chunks of one compiled scan, so that progress can be shown.
 
     Args:
@@ -428,7 +434,7 @@ def sample(
         progress: called with the steps done, at first 0, once they are.
 
     Returns:
-        x at the last level.
+        The state at the last level; `first_bad` says whether its x is finite.
     """
     num_steps = len(levels.sigma) - 1
     length = next(n for n in range(min(longest_chunk, num_steps), 0, -1) if num_steps % n == 0)
@@ -439,4 +445,4 @@ def sample(
         if progress is not None:
             jax.block_until_ready(state.x)
             progress(first + length)
-    return state.x
+    return state

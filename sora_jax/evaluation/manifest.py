@@ -64,6 +64,8 @@ class SampleManifest:
         height, width: in pixels.
         precision: the dtype that the model computes in.
         environment: where they were drawn.
+        batch_sizes: of the calls that drew them, rising. A batch of another size is another compiled program, whose
+            rounding may differ: by about a millionth before pixels are rounded, so by one level of a pixel at a tie.
     """
 
     model: str
@@ -80,6 +82,7 @@ class SampleManifest:
     width: int
     precision: str
     environment: Environment
+    batch_sizes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sora_jax.array_types import Float, NumpyArray
+from sora_jax.pixels import to_pixels
 
 DATA, MODEL, ACCENT = "#4477aa", "#ee6677", "#228833"  # of a palette that colour-blind people can tell apart
 _DPI = 120
@@ -62,12 +63,13 @@ def image_grid(
 
     Raises:
         ValueError: rows of different shapes, or images of another number of channels.
+        FloatingPointError: a value that is NaN or infinite.
     """
     shapes = {np.shape(row) for row in rows}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[-1] not in (1, 3):
         raise ValueError(f"rows must all be (columns, H, W, 1 or 3) of one shape, got {sorted(shapes)}.")
     scale = max(64 // shape[1], 1) if scale is None else scale
-    cells = np.clip(np.round((np.stack(rows) + 1) * 127.5), 0, 255).astype(np.uint8)
+    cells = to_pixels(np.stack(rows))
     cells = np.broadcast_to(cells, (*cells.shape[:-1], 3)).repeat(scale, axis=2).repeat(scale, axis=3)
     cells = np.pad(cells, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
     grid = cells.transpose(0, 2, 1, 3, 4).reshape(cells.shape[0] * cells.shape[2], -1, 3)

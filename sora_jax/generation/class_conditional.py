@@ -43,6 +43,7 @@ from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
+from sora_jax.pixels import check_steps
 from sora_jax.training.checkpoint import load_model
 from sora_jax.training.run_directory import read_keys
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
@@ -115,7 +116,7 @@ class ClassConditionalSampler:
         # The kernel that trained the model need not exist here; all of them compute the same.
         self._model = DiT(dataclasses.replace(config, attention="auto", remat="none"))
         split = batch_sharding(self._mesh)
-        self._state_shardings = State(x=split, memory=split, index=replicated(self._mesh))
+        self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)
         self._chunk = jax.jit(
             self._sample_chunk,
             static_argnames=("sampler", "guided"),
@@ -238,7 +239,7 @@ class ClassConditionalSampler:
         """Draws one sample a label, all at once.
 
         Args:
-            labels: classes; `config.num_classes` is the null class, for an unconditional sample.
+            labels: classes; `config.num_classes` is the null class, for an unconditional sample, where there is one.
             seed: of the noise.
             indices: of the samples, which pick their noise (default: 0, 1 ...). A large set is drawn in parts by
                 giving each its indices.
@@ -246,7 +247,8 @@ class ClassConditionalSampler:
             sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`. `ancestral` draws with the variance that was
                 learned, or with the largest one where none was, as the official code does.
             num_steps: of the trained process that are visited, evenly spaced.
-            guidance_scale: of classifier-free guidance; 1 is none, which takes half the time.
+            guidance_scale: of classifier-free guidance; 1 is none, which takes half the time, and all that a model
+                without a null class can do.
             guided_channels: so many of the first channels of what is predicted are guided; None for all.
             progress: called with the steps done from time to time, for a progress bar.
 
@@ -259,7 +261,10 @@ class ClassConditionalSampler:
         labels, c = np.asarray(labels), self.config
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         height, width = c.image_size if image_size is None else image_size
-        for name, values, most in (("labels", labels, c.num_classes), ("indices", indices, np.iinfo(np.int32).max)):
+        for name, values, most in (
+            ("labels", labels, c.num_classes - (not c.has_null_class)),
+            ("indices", indices, np.iinfo(np.int32).max),
+        ):
             whole = values.ndim == 1 and len(values) and np.issubdtype(values.dtype, np.integer)
             if not whole or values.min() < 0 or values.max() > most:
                 raise ValueError(f"{name} must be a list of whole numbers between 0 and {most}, got {values.tolist()}.")
@@ -274,6 +279,10 @@ class ClassConditionalSampler:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         if not np.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale!r}.")
+        if guidance_scale != 1 and not c.has_null_class:
+            raise ValueError(
+                f"guidance_scale must be 1, got {guidance_scale:g}: the model has no null class to guide away from."
+            )
         if guided_channels is not None and not 1 <= guided_channels:
             raise ValueError(f"guided_channels must be None or at least 1, got {guided_channels}.")
 
@@ -297,8 +306,26 @@ class ClassConditionalSampler:
         def chunk(state: State, levels: Levels) -> State:
             return self._chunk(self._params, state, levels, key, samples, scale, sampler=method, guided=guided)
 
-        x = sample(chunk, state, levels, progress=progress)[: len(labels)]
-        return np.asarray(x if self.decode is None else self.decode(x))
+        state = sample(chunk, state, levels, progress=progress)
+        names = [f"sample {index} (class {label})" for index, label in zip(indices, labels, strict=True)]
+        self._check(np.asarray(state.first_bad)[: len(labels)], names, num_steps, guidance_scale)
+        x = state.x[: len(labels)]
+        if self.decode is None:
+            return np.asarray(x)
+        images = np.asarray(self.decode(x))
+        if len(bad := np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))):
+            raise FloatingPointError(
+                f"the samples are not finite: {names[bad[0]]} is finite until it is decoded "
+                f"({len(bad)} of {len(names)}); the autoencoder makes it so."
+            )
+        return images
+
+    def _check(self, first_bad: Int[np.ndarray, "*cells"], names: list[str], num_steps: int, scale: float) -> None:
+        """Raises FloatingPointError where a sample is not finite."""
+        cells = first_bad.reshape(len(names), -1)
+        steps = np.where(cells < 0, num_steps, cells).min(axis=1)
+        advice = f"a smaller guidance_scale than {scale:g} may help" if scale != 1 else "the model itself makes them so"
+        check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, advice)
 
     def _sample_chunk(
         self,

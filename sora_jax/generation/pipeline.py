@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 from typing import Protocol
 
 import jax
@@ -27,6 +28,7 @@ from sora_jax.generation.canvas import ClipRequest, blank_segment, is_number, ma
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
+from sora_jax.pixels import check_steps, to_pixels
 
 DEFAULT_MODEL = epath.Path(__file__).parent.parent / "assets" / "sora_emoji"
 LONGEST_CHUNK = 5  # sampler steps in one compiled scan, and between two calls of `progress`
@@ -87,7 +89,7 @@ class SoraPipeline:
         model_config = dataclasses.replace(config.model, attention="auto", remat="none")
         self._model = SoraTransformer(model_config, config.patch.dim)
         split = batch_sharding(self._mesh)
-        self._state_shardings = State(x=split, memory=split, index=replicated(self._mesh))
+        self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)
         self._sample = jax.jit(
             self._sample_chunk,
             static_argnames="sampler",
@@ -156,6 +158,7 @@ class SoraPipeline:
 
         Raises:
             ValueError: an argument that cannot be, naming it and what would work.
+            FloatingPointError: clips that are not finite, naming the first and the step from which on it is not.
         """
         sample = self.config.sample
         given = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
@@ -188,6 +191,9 @@ class SoraPipeline:
             scale: of classifier-free guidance; 1 is none.
             sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`.
             progress: called with (steps done, steps in all).
+
+        Raises:
+            FloatingPointError: see `__call__`.
         """
         patch = self.config.patch
         captions = list(dict.fromkeys(["", *(request.prompt.strip() for request in requests)]))
@@ -212,7 +218,9 @@ class SoraPipeline:
             batch, null = (PackedBatch(*(a[first : first + size] for a in some)) for some in (rows, null_rows))
             null = null if scale != 1 else None
             seeds = np.array([request.seed for request in requests], np.uint32)[batch.clip_ids]  # (B, K)
-            sampled.append(self._sample_batch(batch, null, seeds, times, scale, sampler, report if progress else None))
+            x, first_bad = self._sample_batch(batch, null, seeds, times, scale, sampler, report if progress else None)
+            _check_clips(first_bad, batch, requests, num_steps, scale)
+            sampled.append(x)
         return unpack_clips(np.concatenate(sampled), rows, requests, patch)
 
     def _sample_batch(
@@ -224,8 +232,12 @@ class SoraPipeline:
         scale: float,
         sampler: str,
         report: Callable[[int], None] | None,
-    ) -> Float[np.ndarray, "rows length values"]:
-        """Samples the rows of one batch; `null` holds them with the null caption, None for no guidance."""
+    ) -> tuple[Float[np.ndarray, "rows length values"], Int[np.ndarray, "rows length"]]:
+        """Samples the rows of one batch; `null` holds them with the null caption, None for no guidance.
+
+        Returns:
+            The rows, and `first_bad` of their tokens (see `sora_jax.diffusion.samplers.State`).
+        """
         split = batch_sharding(self._mesh)
         arrays, seeds = jax.device_put((batch, seeds), split)
         null_text = None if null is None else jax.device_put((null.text, null.text_segment_ids), split)
@@ -238,7 +250,8 @@ class SoraPipeline:
                 self.params, state, levels, arrays, null_text, seeds, np.float32(scale), sampler=sampler
             )
 
-        return np.asarray(sample(chunk, state, levels, LONGEST_CHUNK, report))
+        state = sample(chunk, state, levels, LONGEST_CHUNK, report)
+        return np.asarray(state.x), np.asarray(state.first_bad)
 
     def _sample_chunk(
         self,
@@ -300,6 +313,19 @@ def token_noise(
     return jax.vmap(jax.vmap(one))(seed, number)
 
 
-def to_pixels(clip: Float[np.ndarray, "frames height width channels"]) -> np.ndarray:
-    """Returns values in [-1, 1] as uint8 pixels; what lies outside is clipped."""
-    return np.round((np.clip(clip, -1, 1) + 1) * 127.5).astype(np.uint8)
+def _check_clips(
+    first_bad: Int[np.ndarray, "rows length"],
+    batch: PackedBatch,
+    requests: Sequence[ClipRequest],
+    num_steps: int,
+    scale: float,
+) -> None:
+    """Raises FloatingPointError where a clip of the batch is not finite."""
+    ids = np.concatenate([np.full((len(first_bad), 1), -1), batch.clip_ids], axis=1)
+    clips = np.take_along_axis(ids, batch.segment_ids, axis=1)  # (B, L), of each token; -1 for padding
+    bad = (first_bad >= 0) & (clips >= 0)
+    steps = np.full(len(requests), num_steps)
+    np.minimum.at(steps, clips[bad], first_bad[bad])
+    names = [f"prompt {i} ({shorten(request.prompt, 60)!r})" for i, request in enumerate(requests, 1)]
+    advice = f"a smaller guidance_scale than {scale:g} may help" if scale != 1 else "the model itself makes them so"
+    check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, advice)

@@ -65,7 +65,7 @@ class DiTConfig:
         depth: number of blocks.
         num_heads: attention heads.
         mlp_dim: hidden size of the MLP.
-        num_classes: classes; one more is the null class.
+        num_classes: classes; one more is the null class, where there is one.
         conditioning: on timestep and class, see the module.
         learned_variance: the output has twice the channels: the prediction, then the variance's place in its range
             (arXiv:2102.09672, section 3.1).
@@ -77,6 +77,8 @@ class DiTConfig:
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
         attention: kernel; `auto` picks by platform and by whether rows hold several images (see
             `sora_jax.models.attention`).
+        num_label_rows: rows of the table of label embeddings: `num_classes` where there is no null class, and guidance
+            is not possible; None for one more.
     """
 
     image_size: tuple[int, int] = (32, 32)
@@ -95,6 +97,7 @@ class DiTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["auto", "xla", "blockwise", "splash"] = "auto"
+    num_label_rows: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("patch_size", "in_channels", "width", "depth", "num_heads", "mlp_dim", "num_classes"):
@@ -105,6 +108,13 @@ class DiTConfig:
         check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
         check(self.frequency_dim >= 4 and self.frequency_dim % 2 == 0, self, "frequency_dim", "even, at least 4")
         check(self.norm_eps > 0, self, "norm_eps", "positive")
+        allowed = (None, self.num_classes, self.num_classes + 1)
+        check(self.num_label_rows in allowed, self, "num_label_rows", f"None, {allowed[1]} or {allowed[2]}")
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether there is a class of no class, which guidance needs."""
+        return self.num_label_rows != self.num_classes
 
     @property
     def out_channels(self) -> int:
@@ -158,8 +168,8 @@ class DiT(nn.Module):
             positions: (B, L, 3), (t, y, x) in patches; t is not looked at.
             segment_ids: (B, L), 1 ... K, the image of each token; 0 for padding.
             timesteps: (B, K), of each image, 0 (the least noisy) to 999; anything finite where a row has fewer.
-            labels: (B, K), the class of each image; `num_classes`, or any number below 0, is the null class. Above
-                that there is no class, and the row's output is NaN (this runs compiled and cannot raise).
+            labels: (B, K), the class of each image; `num_classes`, or any number below 0, is the null class. Where
+                there is no such class, the row's output is NaN (this runs compiled and cannot raise).
 
         Returns:
             (B, L, patch_size^2 out_channels) float32, in the order y, x, channel (`split_output` takes it apart);
@@ -251,7 +261,8 @@ class DiT(nn.Module):
         h = dense(c.width, ("modulation", "width"), name="time_fc1", dtype="float32", init=normal)(h)
         time = dense(c.width, ("width", "heads_width"), name="time_fc2", dtype="float32", init=normal)(jax.nn.silu(h))
         init = nn.with_logical_partitioning(normal, ("classes", "width"))
-        table = self.param("label_embedding", init, (c.num_classes + 1, c.width), jnp.float32)
+        num_rows = c.num_classes + c.has_null_class
+        table = self.param("label_embedding", init, (num_rows, c.width), jnp.float32)
         labels = jnp.where(labels < 0, c.num_classes, labels)
         return time, jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 

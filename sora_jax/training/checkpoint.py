@@ -24,12 +24,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig, SoraConfig
+from sora_jax.models.kinds import kind_of
 from sora_jax.models.quantize import quantize_tensors
-from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, flat_names, read_params, tensor_bytes
+from sora_jax.models.weights import WEIGHTS_FILE, check_finite, check_shapes, flat_names, read_params, tensor_bytes
 from sora_jax.training.checkpoint_folder import FOLDER, OwnSteps, check_places, drop_echoes, system_error, writing
-from sora_jax.training.run_directory import Config, read_config, write_config
+from sora_jax.training.run_directory import Config, read_config, read_keys, write_config
 from sora_jax.training.state import TrainState, abstract_params
-from sora_jax.training.tasks.make import make_task
+from sora_jax.training.tasks.make import CONFIGS, make_task
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
@@ -163,6 +164,25 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max((found.step for found in steps), default=None)
 
 
+def config_class(path: epath.PathLike) -> type[ExperimentConfig]:
+    """Returns the class of the config of a run, one of its checkpoints or an exported model.
+
+    Raises:
+        FileNotFoundError: there is none of them at `path`.
+        ValueError: what is there is something else, which is named.
+    """
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
+    keys = read_keys(path)
+    if not keys:
+        raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
+    kind = kind_of(keys)
+    if kind is None or not kind.run:
+        what = "of no kind that is known" if kind is None else kind.what
+        raise ValueError(f"{path} is neither a run nor an exported model: it is {what}.")
+    return CONFIGS[kind.config]
+
+
 def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] = SoraConfig) -> tuple[Config, PyTree]:
     """Reads a model's config and parameters.
 
@@ -177,7 +197,8 @@ def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] =
 
     Raises:
         FileNotFoundError: there is no model at `path`.
-        ValueError: its parameters are not those of its config, naming the first that differs.
+        ValueError: another kind of model, which is named, or parameters that are not those of its config or not finite,
+            naming the first.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -187,7 +208,9 @@ def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] =
         params = read_params(path / WEIGHTS_FILE)
     else:
         config = read_config(path.parent.parent if path.parent.name == FOLDER else path, kind)
-        params = _read_orbax(_checkpoint_directory(path) / ("ema_params" if averaged else "params"))
+        checkpoint = _checkpoint_directory(path)
+        params = _read_orbax(checkpoint / ("ema_params" if averaged else "params"))
+        check_finite(params, str(checkpoint))
     check_shapes(params, abstract_params(make_task(config)), str(path))
     return config, params
 

@@ -291,7 +291,11 @@ def _sample(run: _Run, step: int, state: TrainState, sample_sheet: SampleSheet) 
     params = to_local(state.ema_params)
     if jax.process_index() > 0:
         return
-    sheet = sample_sheet(params)
+    try:
+        sheet = sample_sheet(params)
+    except FloatingPointError as error:  # of the sampler; training has a guard of its own
+        run.telemetry.say(f"no sample sheet at step {step}: {error}")
+        return
     folder = run.workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{step:08d}.png").open("wb") as file:

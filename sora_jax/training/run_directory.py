@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from etils import epath
 
 from sora_jax.config import ExperimentConfig, SoraConfig
-from sora_jax.config_json import from_json, to_json
+from sora_jax.config_json import to_json
+from sora_jax.models.weights import read_config_file
 
 Config = TypeVar("Config", bound=ExperimentConfig)
 
@@ -62,15 +63,12 @@ def read_config(directory: epath.PathLike, kind: type[Config] = SoraConfig) -> C
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a config of this version, naming the file and the key.
+        ValueError: it is not a config of this version, naming the file and the key; or another kind's, which is named.
     """
     path = epath.Path(directory) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} is neither a run nor an exported model: it has no config.json.")
-    try:
-        return from_json(kind, path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_config_file(path, kind)
 
 
 def read_keys(path: epath.PathLike) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
         assert error.count("\n") == 1 and words in error and not output.exists(), error
 
     fails("no U-Net at", path=tmp_path / "nowhere")
-    fails("must be a .safetensors or a .bin file", path=source / "config.json")
+    fails("config.json cannot be converted: it has no weight_map", path=source / "config.json")
     fails("no config of a U-Net at", "--config", str(tmp_path / "none.json"))
     for text, words in (
         ("[]", "expected a JSON object, got list"),
@@ -316,7 +316,7 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
     fails("diffusion_pytorch_model.safetensors is not a whole safetensors file")
     weights.unlink()
     (source / "diffusion_pytorch_model.bin").write_bytes(data[:100])
-    fails("diffusion_pytorch_model.bin cannot be converted")
+    fails("diffusion_pytorch_model.bin is not a whole safetensors file")
 
 
 def test_loader_errors(tmp_path):

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_files import torch_bytes
 
-from sora_jax.convert import dit as converter
 from sora_jax.convert.dit import convert_dit, diffusers_config, from_diffusers, from_official, official_config
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from sora_jax.models.weights import flat_names
@@ -156,13 +157,12 @@ def command():
 
 
 @pytest.fixture
-def stored(monkeypatch, tmp_path):
-    """Writes an official file: what it holds is handed over, since nothing but PyTorch writes such files."""
+def stored(tmp_path):
+    """Writes a file as torch.save does."""
 
-    def write(values):
-        monkeypatch.setattr(converter, "read_torch", lambda path: values)
-        (tmp_path / "DiT.pt").write_bytes(b"")
-        return str(tmp_path / "DiT.pt")
+    def write(values, name="DiT.pt"):
+        (tmp_path / name).write_bytes(torch_bytes(values))
+        return str(tmp_path / name)
 
     return write
 
@@ -205,7 +205,11 @@ def test_published_sizes_are_known():
     assert diffusers_config(PUBLISHED, official_frequencies=True) == DIT_SIZES["dit_xl_2"]
     plain = diffusers_config({k: v for k, v in VALUES.items() if k != "out_channels"})
     assert not plain.learned_variance and plain.out_channels == 4
-    names = {"x_embedder.proj.weight": (768, 4, 8, 8), "pos_embed": (1, 16, 768), "blocks.11.attn.proj.bias": (768,)}
+    names = {
+        "x_embedder.proj.weight": (768, 4, 8, 8),
+        "pos_embed": (1, 16, 768),
+        **{f"blocks.{i}.attn.proj.bias": (768,) for i in range(12)},
+    }
     names |= {"blocks.0.mlp.fc1.weight": (3072, 768), "y_embedder.embedding_table.weight": (1001, 768)}
     names |= {"final_layer.linear.weight": (512, 768), "t_embedder.mlp.0.weight": (768, 256)}
     assert official_config({name: np.zeros(shape) for name, shape in names.items()}) == DIT_SIZES["dit_b_8"]
@@ -254,6 +258,53 @@ def test_tensors_that_do_not_fit_are_named():
         from_diffusers({k: v for k, v in state.items() if k != copy}, diffusers_config(VALUES))
 
 
+@pytest.mark.parametrize(
+    ("rows", "asked", "classes", "label_rows", "said"),
+    [
+        (11, None, 10, None, "10 classes and the null class are assumed; .* give --num-classes 11"),
+        (11, 10, 10, None, ""),
+        (11, 11, 11, 11, ""),
+        (1, None, 1, 1, "1 class and no null class"),
+        (1, 1, 1, 1, ""),
+    ],
+)
+def test_a_label_table_is_of_as_many_classes_as_is_said(rows, asked, classes, label_rows, said, caplog):
+    caplog.set_level("INFO")
+    table = np.resize(official()["y_embedder.embedding_table.weight"], (rows, WIDTH))
+    state = official() | {"y_embedder.embedding_table.weight": table}
+    config = official_config(state, 2, asked)
+    assert (config.num_classes, config.num_label_rows) == (classes, label_rows)
+    assert re.search(said, caplog.text) if said else not caplog.text
+    np.testing.assert_array_equal(from_official(state, config)["label_embedding"], table)
+
+
+def test_classes_that_the_label_table_cannot_have_are_named():
+    with pytest.raises(
+        ValueError, match=r"num_classes must be 10 \(and the null class\) or 11 for the 11 rows .*got 9"
+    ):
+        official_config(official(), 2, 9)
+
+
+def test_every_way_to_store_the_official_layout_gives_the_same_files(tmp_path):
+    expected = convert_dit(write(tmp_path / "a.pt", official()), 2)
+    wrapped = {"model": {}, "ema": {f"module._orig_mod.{name}": value for name, value in official().items()}}
+    assert convert_dit(write(tmp_path / "b.pt", wrapped), 2) == expected
+    (tmp_path / "c.safetensors").write_bytes(safetensors.numpy.save(official()))
+    assert convert_dit(tmp_path / "c.safetensors", 2) == expected
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in official().items()}
+    (tmp_path / "d").mkdir()
+    write_files(tmp_path / "d", convert_dit(write(tmp_path / "half.pt", half), 2))
+    _, params = load_dit(tmp_path / "d")
+    np.testing.assert_array_equal(
+        params["label_embedding"], half["y_embedder.embedding_table.weight"].astype(np.float32)
+    )
+
+
+def write(path, values):
+    path.write_bytes(torch_bytes(values))
+    return path
+
+
 def test_command_errors_leave_nothing_behind(command, stored, tmp_path, capsys):
     output = tmp_path / "output"
 
@@ -265,7 +316,7 @@ def test_command_errors_leave_nothing_behind(command, stored, tmp_path, capsys):
     fails(tmp_path / "none.pt", "no DiT at")
     fails(tmp_path / "nowhere", "no DiT at")
     fails(stored([1]), "DiT.pt cannot be converted: expected a state dict (names to tensors), got list")
-    fails(stored({"epoch": 3}), "got int at 'epoch'")
+    fails(stored({"epoch": 3}), "got dict with 'epoch'")
     fails(stored({"ema": official()}), "num_heads must be given")
     fails(stored({"pos_embed": positions()}), "tensor x_embedder.proj.weight is missing")
     source = write_diffusers(tmp_path / "source", VALUES | {"num_layers": 4})

@@ -334,7 +334,7 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
         assert error.count("\n") == 1 and words in error and not output.exists(), error
 
     fails("no VAE at", path=tmp_path / "nowhere")
-    fails("must be a .safetensors or a .bin file", path=source / "config.json")
+    fails("config.json cannot be converted: it has no weight_map", path=source / "config.json")
     fails("no config of a VAE at", "--config", str(tmp_path / "none.json"))
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"use_quant_conv": False}))
     fails("use_quant_conv must be True", "--config", str(tmp_path / "config.json"), path=weights)
@@ -342,12 +342,12 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
     fails("ImageVAEConfig.widths must be one multiple of num_groups 3", "--config", str(tmp_path / "config.json"))
     data = weights.read_bytes()
     weights.write_bytes(data[:-10])
-    fails("diffusion_pytorch_model.safetensors cannot be converted")
+    fails("diffusion_pytorch_model.safetensors is not a whole safetensors file")
     weights.unlink()
     (source / "diffusion_pytorch_model.bin").write_bytes(data[:100])
-    fails("diffusion_pytorch_model.bin cannot be converted")
+    fails("diffusion_pytorch_model.bin is not a whole safetensors file")
     (tmp_path / "vae.ckpt").write_bytes(data[:100])
-    fails("vae.ckpt cannot be converted", path=tmp_path / "vae.ckpt")
+    fails("vae.ckpt is not a whole safetensors file", path=tmp_path / "vae.ckpt")
 
 
 def test_loader_errors(tmp_path):

@@ -313,7 +313,7 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
     source = write_torch(tmp_path / "torch", VIDEO, {k: v for k, v in video.items() if k != key})
     fails("vivit", source, f"tensor {key} is missing")
     fails("vit", source, "model_type must be 'vit', got 'vivit'")
-    fails("vivit", source / "config.json", "must be a .safetensors or a .bin file")
+    fails("vivit", source / "config.json", "config.json cannot be converted: it has no weight_map")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     fails("vivit", source, "model.safetensors is not a whole safetensors file")

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import io
-import json
 import os
 import resource
 import subprocess

@@ -162,7 +162,27 @@ def test_chunks_make_a_whole_and_compile_once(name):
     got = samplers.sample(chunk, start(sampler, x, levels), levels, longest_chunk=6, progress=done.append)
     assert done == [0, 5, 10, 15, 20]
     assert chunk._cache_size() == 1
-    np.testing.assert_allclose(got, run(gaussian_denoiser, x, levels, sampler, seed=7), atol=1e-5)
+    np.testing.assert_allclose(got.x, run(gaussian_denoiser, x, levels, sampler, seed=7), atol=1e-5)
+    assert got.index == 20 and (got.first_bad == -1).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_step_from_which_a_cell_is_not_finite_is_kept(bad):
+    """Rows of two cells: one goes wrong at step 3, another at 5, the third cell at no step; the fourth never moves."""
+    times = np.linspace(1, 0, 9, dtype=np.float32)
+    levels = flow_levels(times[:, None, None] * np.array([[1, 1], [1, 0]], np.float32))
+    begins = np.array([[3, 5], [99, 0]])
+
+    def denoise(x, level):
+        step = jnp.round((1 - level.time) * 8)
+        x0 = jnp.where((step >= begins)[..., None], bad, 0.5 * jnp.ones_like(x))
+        return samplers.Denoised(x0, jnp.zeros_like(x))
+
+    x = jnp.ones((2, 2, 3))
+    chunk = jax.jit(lambda state, levels: sample_chunk(denoise, state, levels, DDIM()))
+    got = samplers.sample(chunk, start(DDIM(), x, levels), levels, longest_chunk=2)
+    assert got.first_bad.tolist() == [[3, 5], [-1, -1]] and got.first_bad.dtype == jnp.int32
+    assert not np.isfinite(got.x[0]).any() and np.isfinite(got.x[1]).all()
 
 
 def test_a_denoiser_clips_and_keeps_the_noise_consistent():

@@ -33,6 +33,11 @@ def test_values_out_of_range_are_cut_and_colours_stay():
     np.testing.assert_array_equal(plots.image_grid([image], scale=1, gap=0), [[[0, 128, 255]]])
 
 
+def test_a_grid_of_what_is_not_finite_is_refused():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        plots.image_grid([np.full((1, 1, 1, 3), np.nan)])
+
+
 @pytest.mark.parametrize("rows", [[np.zeros((2, 4, 4, 2))], [np.zeros((2, 4, 4, 1)), np.zeros((3, 4, 4, 1))], []])
 def test_rows_that_make_no_grid(rows):
     with pytest.raises(ValueError, match="rows must all be"):

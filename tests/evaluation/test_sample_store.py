@@ -50,7 +50,7 @@ def test_a_store_that_was_stopped_holds_what_another_does(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         SampleStore(tmp_path / "stopped", MANIFEST, shard_size=4).fill(stopped)
     resumed, rest = SampleStore(tmp_path / "stopped", MANIFEST, shard_size=4), Sampler()
-    with pytest.raises(ValueError, match="holds 2 of 3 shards"):
+    with pytest.raises(ValueError, match="holds 8 of 11 samples"):
         resumed.assemble(tmp_path / "early.npz")
     assert not (tmp_path / "early.npz").exists()
     resumed.fill(rest)
@@ -60,7 +60,7 @@ def test_a_store_that_was_stopped_holds_what_another_does(tmp_path):
     with np.load(files[0]) as arrays:
         assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(arrays["arr_0"], Sampler()(np.arange(11)))
-    assert read_manifest(SampleManifest, manifest_path(files[0])) == MANIFEST
+    assert read_manifest(SampleManifest, manifest_path(files[0])) == dataclasses.replace(MANIFEST, batch_sizes=(4,))
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -85,6 +85,42 @@ def test_hosts_share_the_shards(tmp_path):
     assert not SampleStore(tmp_path, MANIFEST, shard_size=3).missing()
 
 
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_store_goes_on_with_other_sizes_for_more_samples_or_fewer(tmp_path, numbered):
+    begun = SampleStore(tmp_path, MANIFEST, shard_size=4)
+    begun.fill(Sampler())
+    if numbered:  # as older stores called them
+        for number, shard in enumerate(sorted(tmp_path.glob("shard_*"))):
+            shard.rename(tmp_path / f"shard_{number:05d}.npy")
+    more, sampler = SampleStore(tmp_path, dataclasses.replace(MANIFEST, num_samples=20), shard_size=6), Sampler()
+    assert more.num_present == 11
+    more.fill(sampler)
+    assert sampler.asked == [[11], [12, 13, 14, 15, 16, 17], [18, 19]]
+    path = more.assemble(tmp_path / "samples.npz")
+    np.testing.assert_array_equal(np.load(path)["arr_0"], Sampler()(np.arange(20)))
+    manifest = read_manifest(SampleManifest, manifest_path(path))
+    assert (manifest.num_samples, manifest.batch_sizes) == (20, (4, 6))
+    fewer, sampler = SampleStore(tmp_path, dataclasses.replace(MANIFEST, num_samples=5), shard_size=1), Sampler()
+    fewer.fill(sampler)
+    assert not sampler.asked and (fewer.num_present, fewer.num_beyond) == (5, 15)
+    np.testing.assert_array_equal(np.load(fewer.assemble(path))["arr_0"], Sampler()(np.arange(5)))
+    assert read_manifest(SampleManifest, manifest_path(path)).batch_sizes == (4, 6)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 9, 100, 128, 300])
+def test_a_shard_that_is_cut_short_is_named_and_drawn_again(tmp_path, kept):
+    SampleStore(tmp_path, MANIFEST, shard_size=4).fill(Sampler())
+    cut = tmp_path / "shard_00000004_00000008.npy"
+    cut.write_bytes(cut.read_bytes()[:kept])
+    (tmp_path / f"{cut.name}.0123.part").write_bytes(b"of a process that was killed")
+    store, sampler = SampleStore(tmp_path, MANIFEST, shard_size=3), Sampler()
+    assert store.damaged == (cut.name,)
+    store.fill(sampler)
+    assert sampler.asked == [[4, 5], [6, 7]] and not list(tmp_path.glob("*.part"))
+    np.testing.assert_array_equal(np.load(store.assemble(tmp_path / "all.npz"))["arr_0"], Sampler()(np.arange(11)))
+    assert SampleStore(tmp_path, MANIFEST).damaged == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -95,7 +131,7 @@ def test_hosts_share_the_shards(tmp_path):
     ],
 )
 def test_samples_of_another_manifest_are_refused(tmp_path, changes, message):
-    SampleStore(tmp_path, MANIFEST)
+    SampleStore(tmp_path, MANIFEST).fill(Sampler())
     with pytest.raises(ValueError, match=message):
         SampleStore(tmp_path, dataclasses.replace(MANIFEST, **changes))
 
@@ -104,12 +140,37 @@ def test_bad_values_are_named(tmp_path):
     store = SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
     with pytest.raises(ValueError, match=r"must be \(4, 4, 6, 3\) uint8, got \(4, 6, 4, 3\) float32"):
         store.fill(lambda indices: np.zeros((4, 6, 4, 3), np.float32))
+    assert not (tmp_path / "a").exists()
     store.fill(Sampler())
-    with pytest.raises(ValueError, match=r"shard_00000\.npy holds \(4, 4, 6, 3\).* another shard_size than 5"):
-        SampleStore(tmp_path / "a", MANIFEST, shard_size=5)
-    (tmp_path / "a" / "shard_00001.npy").write_bytes(b"text, and nothing else")
-    with pytest.raises(ValueError, match=r"shard_00001\.npy is not a shard"):
-        SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
+    for name, array, words in (
+        (
+            "shard_00000012_00000013",
+            np.zeros((1, 6, 4, 3), np.uint8),
+            r"holds \(1, 6, 4, 3\) uint8, not \('n', 4, 6, 3\)",
+        ),
+        ("shard_00000012_00000014", np.zeros((1, 4, 6, 3), np.uint8), "holds 1 samples, not 2"),
+        (
+            "shard_00000010_00000011",
+            np.zeros((1, 4, 6, 3), np.uint8),
+            "holds samples that are in shard_00000008_00000011",
+        ),
+        ("shard_00000012_00000013", np.zeros((1, 4, 6, 3), np.int8), "is not a shard: it holds int8"),
+        ("shard_of_mine", np.zeros((1, 4, 6, 3), np.uint8), "is not called as a shard is"),
+        ("shard_00001", np.zeros((4, 4, 6, 3), np.uint8), r"shard_00000\.npy is not whole"),
+    ):
+        np.save(tmp_path / "a" / f"{name}.npy", array)
+        with pytest.raises(ValueError, match=words):
+            SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
+        (tmp_path / "a" / f"{name}.npy").unlink()
+    file = tmp_path / "a" / "shard_00000004_00000008.npy"
+    whole = file.read_bytes()
+    for data, words in (
+        (b"text, and nothing else", "is not a shard"),
+        (whole + b"more", "is not a shard: it has 420 bytes where 416"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"shard_00000004_00000008\.npy {words}"):
+            SampleStore(tmp_path / "a", MANIFEST, shard_size=4)
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"shards without a manifest\.json"):
         SampleStore(tmp_path / "a", MANIFEST, shard_size=4)

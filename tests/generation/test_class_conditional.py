@@ -99,6 +99,46 @@ def test_a_sample_depends_on_its_index_and_not_on_its_batch(sampler):
     assert relative_error(sampler([3, 1, 4], **options | {"seed": 2}), together) > 0.1
 
 
+def test_samples_that_are_not_finite_are_refused_by_class_and_step(sampler):
+    params = random_params()
+    params["label_embedding"][3] = np.nan
+    broken = ClassConditionalSampler(CONFIG, params, devices=jax.devices()[:1])
+    words = (
+        r"finite: sample 8 \(class 3\) is NaN or infinite from step 1 of 6 on \(1 of 3 samples are\); the model itself"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        broken([1, 3, 4], indices=[7, 8, 9], num_steps=6, guidance_scale=1.0)
+    words = (
+        r"sample 0 \(class 1\) is NaN or infinite from step 2 of 6 on \(2 of 2 samples are\); a smaller guidance_scale"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        sampler([1, 3], num_steps=6, guidance_scale=1e30)
+
+
+def test_what_the_autoencoder_breaks_is_refused():
+    decode = lambda z: jnp.where(jnp.arange(len(z))[:, None, None, None] == 1, jnp.inf, z)  # noqa: E731
+    sampler = ClassConditionalSampler(CONFIG, random_params(), decode, devices=jax.devices()[:1])
+    with pytest.raises(FloatingPointError, match=r"sample 1 \(class 3\) is finite until it is decoded \(1 of 2\)"):
+        sampler([1, 3], num_steps=6, guidance_scale=1.0)
+
+
+def test_a_model_without_a_null_class_samples_and_refuses_guidance(sampler):
+    with_null = sampler
+    config = dataclasses.replace(CONFIG, num_label_rows=CONFIG.num_classes)
+    params = random_params(config)
+    assert params["label_embedding"].shape[0] == 5 and not config.has_null_class
+    params |= {**with_null.params, "label_embedding": with_null.params["label_embedding"][:5]}
+    sampler = ClassConditionalSampler(config, params, devices=jax.devices()[:1])
+    options = dict(num_steps=6, guidance_scale=1.0)
+    np.testing.assert_array_equal(sampler([4, 0], **options), with_null([4, 0], **options))
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1, got 1\.5: the model has no null class"):
+        sampler([4, 0], num_steps=6)
+    with pytest.raises(ValueError, match="labels must be a list of whole numbers between 0 and 4"):
+        sampler([5], **options)
+    with pytest.raises(ValueError, match="num_label_rows must be None, 5 or 6, got 7"):
+        dataclasses.replace(CONFIG, num_label_rows=7)
+
+
 def test_devices_change_nothing_and_each_shape_is_compiled_once():
     split = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:2])
     single = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])

@@ -117,6 +117,19 @@ def test_bad_options_for_classes_are_named(tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_clips_that_are_not_finite_leave_nothing(checkpoint, tmp_path):
+    options = generate.GenerateOptions(
+        prompt=("frog",),
+        guidance_scale=1e30,
+        output=str(tmp_path / "out"),
+        checkpoint=checkpoint,
+        json=tmp_path / "r.json",
+    )
+    with pytest.raises(FloatingPointError, match=r"prompt 1 \('frog'\) is NaN or infinite from step 2 of 2 on"):
+        generate.main(options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("red heart\n\n  rocket \r\ntwo\u2028halves\n", encoding="utf-8-sig")

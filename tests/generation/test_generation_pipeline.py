@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation import pipeline as pipeline_module
 from sora_jax.generation.canvas import make_requests
-from sora_jax.generation.pipeline import SoraPipeline, to_pixels
+from sora_jax.generation.pipeline import SoraPipeline
 
 PROMPTS = ["frog", "red heart", "", "a rocket in the sky"]
 SIZES = dict(num_frames=[3, 1, 4, 2], height=[8, 16, 12, 40], width=[8, 8, 16, 40], fps=[8.0, 8.0, 4.0, 12.0])
@@ -243,9 +244,40 @@ def test_the_kernel_that_trained_the_model_need_not_exist_here(tiny_config, pipe
     np.testing.assert_array_equal(clip, floats(pipeline, ["frog"], 0, **sizes)[0])
 
 
-def test_pixels():
-    clip = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
-    assert to_pixels(clip).tolist() == [0, 0, 128, 191, 255, 255]
+class PoisonedEncoder(WordEncoder):
+    """Gives the word `poison` tokens of NaN."""
+
+    def encode(self, captions, max_tokens):
+        tokens = super().encode(captions, max_tokens)
+        return [t * (np.nan if caption == "poison" else 1) for t, caption in zip(tokens, captions, strict=True)]
+
+
+def test_clips_that_are_not_finite_are_refused_by_prompt_and_step(tiny_config, pipeline):
+    poisoned = SoraPipeline(tiny_config, pipeline.params, PoisonedEncoder(), jax.devices()[:1], tokens_per_batch=1)
+    sizes, done = dict(num_frames=2, height=40, width=40), []  # each in a row and a batch of its own
+    words = (
+        r"^the samples are not finite: prompt 2 \('poison'\) is NaN or infinite from step 1 of 2 on \(1 of 3 samples"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        poisoned(["frog", "poison", "rocket"], **sizes, progress=lambda step, total: done.append(step))
+    assert done[-1] == 4  # the batch of the third prompt is not begun
+    with pytest.raises(FloatingPointError, match=r"step 2 of 2 on \(2 of 2 samples are\); a smaller guidance_scale"):
+        pipeline(["frog", "rocket"], guidance_scale=1e30)
+
+
+def test_steps_of_packed_clips_are_their_own():
+    batch = types.SimpleNamespace(
+        clip_ids=np.array([[2, 0], [1, -1]]), segment_ids=np.array([[1, 1, 2, 2], [1, 1, 1, 0]])
+    )
+    requests = [types.SimpleNamespace(prompt=name) for name in ("a", "b", "c " * 99)]
+    check = functools.partial(pipeline_module._check_clips, batch=batch, requests=requests, num_steps=9, scale=1.0)
+    check(np.array([[-1, -1, -1, -1], [-1, -1, -1, 0]]))  # padding does not count
+    with pytest.raises(FloatingPointError, match=r"prompt 1 \('a'\) is NaN or infinite from step 6 of 9 on \(1 of 3"):
+        check(np.array([[-1, -1, 7, 5], [-1, -1, -1, -1]]))
+    with pytest.raises(
+        FloatingPointError, match=r"prompt 3 \('c [c ]*\[...\]'\) is NaN or infinite from step 1 of 9 on"
+    ):
+        check(np.array([[3, 0, -1, -1], [-1, -1, -1, -1]]))
 
 
 def test_a_model_of_latents_is_refused_at_once(with_config):

@@ -13,7 +13,7 @@ from PIL import Image
 from sora_jax.evaluation.features import Features
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.generation.class_conditional import ClassConditionalSampler
-from sora_jax.generation.pipeline import to_pixels
+from sora_jax.pixels import to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,41 @@ def test_a_set_that_was_stopped_is_that_of_one_that_was_not(pixels, tmp_path, mo
     assert (manifest.num_samples, manifest.num_steps, manifest.guidance_scale, manifest.height) == (11, 4, 2.0, 4)
     with pytest.raises(ValueError, match=r"holds samples with guidance_scale 2\.0, not 3\.0"):
         sampling.sample(options(pixels, tmp_path / "parts", guidance_scale=3.0))
+
+
+def test_a_set_with_a_sample_that_is_not_finite_keeps_the_good_shards_alone(pixels, tmp_path, monkeypatch):
+    draw = ClassConditionalSampler.__call__
+
+    def breaking(self, *args, **kwargs):
+        images = draw(self, *args, **kwargs)
+        return np.where((kwargs["indices"] == bad)[:, None, None, None], np.nan, images)
+
+    monkeypatch.setattr(ClassConditionalSampler, "__call__", breaking)
+    for bad, kept in ((5, ["manifest.json", "shard_00000000_00000004.npy"]), (2, None)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            sampling.sample(options(pixels, tmp_path / str(bad), json=tmp_path / "manifest.json"))
+        left = tmp_path / str(bad)
+        assert (sorted(path.name for path in left.iterdir()) if left.exists() else None) == kept
+        assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.setattr(ClassConditionalSampler, "__call__", draw)
+    sampling.sample(options(pixels, tmp_path / "5", batch_size=3))
+    assert read_samples(tmp_path / "5").shape == (11, 4, 4, 3)
+
+
+@pytest.mark.slow
+def test_a_set_goes_on_with_another_batch_for_more_samples_or_fewer(pixels, tmp_path, capsys):
+    sampling.sample(options(pixels, tmp_path / "whole", num_samples=13))
+    sampling.sample(options(pixels, tmp_path / "set", num_samples=7))
+    sampling.sample(options(pixels, tmp_path / "set", num_samples=13, batch_size=5))
+    assert json.loads((tmp_path / "set" / "samples.npz.manifest.json").read_text())["batch_sizes"] == [4, 5]
+    whole, found = (read_samples(tmp_path / name).astype(int) for name in ("whole", "set"))
+    assert np.abs(whole - found).max() <= 1  # the rounding of a batch of another size
+    (tmp_path / "set" / "shard_00000004_00000007.npy").write_bytes(b"")
+    sampling.sample(options(pixels, tmp_path / "set", num_samples=6))
+    said = capsys.readouterr().out
+    assert "shard_00000004_00000007.npy is cut short: its samples are drawn again." in said
+    assert "holds 6 samples more than --num-samples 6: left out." in said
+    assert np.abs(read_samples(tmp_path / "set") - whole[:6]).max() <= 1
 
 
 @pytest.mark.slow

@@ -29,9 +29,30 @@ def test_errors_name_file_and_tensor(tmp_path):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(ValueError, match="broken is not a whole safetensors file"):
             read_tensors(tmp_path / "broken")
-    (tmp_path / "wide").write_bytes(safetensors.numpy.save({"a": np.zeros(2)}))
-    with pytest.raises(ValueError, match=r"wide: a has dtype F64; this reads F32, BF16"):
+    (tmp_path / "wide").write_bytes(safetensors.numpy.save({"a": np.zeros(2, np.complex64)}))
+    with pytest.raises(ValueError, match=r"wide: a has dtype C64; this reads F64, F32, BF16"):
         read_tensors(tmp_path / "wide")
+
+
+def test_what_a_file_is_instead_is_said(tmp_path):
+    data = tensor_bytes({"a": np.zeros(4, np.float32)})
+    for broken, words in (
+        (data[:-3], f"truncated: {len(data) - 3} of its {len(data)} bytes are there"),
+        (data[:20], f"truncated: its header alone has {int.from_bytes(data[:8], 'little')} bytes, the file 20"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file: run git lfs pull"),
+        (b"<!doctype html>", "a web page"),
+    ):
+        (tmp_path / "w").write_bytes(broken)
+        with pytest.raises(ValueError, match=f"w is not a whole safetensors file: it is {words}"):
+            read_tensors(tmp_path / "w")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_parameter_that_is_not_finite_is_named(tmp_path, value):
+    tensors = {"a.bias": np.zeros(4, np.float32), "a.kernel": np.array([0, value], np.float32)}
+    (tmp_path / "w").write_bytes(tensor_bytes(tensors))
+    with pytest.raises(ValueError, match=r"w: parameter a\.kernel has a value that is not finite"):
+        read_params(tmp_path / "w")
 
 
 def test_the_first_parameter_that_differs_is_named():

@@ -272,22 +272,25 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert not (tmp_path / "run" / "DONE").exists()
 
 
-def test_held_out_loss_best_checkpoint_and_sample_sheets(tmp_path):
+def test_held_out_loss_best_checkpoint_and_sample_sheets(tmp_path, capsys):
     config = tiny_run.config(
-        num_steps=5, eval_every=1, save_every=5, sample_every=3, keep=1, optimizer={"learning_rate": 0.3}
+        num_steps=5, eval_every=1, save_every=5, sample_every=2, keep=1, optimizer={"learning_rate": 0.3}
     )
     sheet = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     seen = []
 
     def draw(params):
         seen.append(params)
+        if len(seen) == 2:
+            raise FloatingPointError("the samples are not finite.")
         return sheet
 
     assert train(config, tmp_path / "run", tiny_run.opener(config), sample_sheet=draw) is Outcome.FINISHED
     losses = lines(tmp_path / "run", "held_out_loss/unseen")
     assert sorted(losses) == [1, 2, 3, 4, 5]
-    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000003.png", "00000005.png"]
-    np.testing.assert_array_equal(Image.open(tmp_path / "run" / "samples" / "00000003.png"), sheet)
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000002.png", "00000005.png"]
+    assert "no sample sheet at step 4: the samples are not finite." in capsys.readouterr().err
+    np.testing.assert_array_equal(Image.open(tmp_path / "run" / "samples" / "00000002.png"), sheet)
     jax.tree.map(np.testing.assert_array_equal, seen[-1], load_model(tmp_path / "run")[1])
     best = min(losses, key=losses.get)
     assert best != 5  # at such a learning rate the model gets worse

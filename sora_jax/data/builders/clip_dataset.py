@@ -58,10 +58,11 @@ def prepare(
         num_left_out: counts of files that the data set leaves out on purpose, by what they are; kept in the report.
 
     Returns:
-        The report: `name`, `path`, `fingerprint` (of the files and arguments), `request` (the arguments),
-        `splits` (clips, stills, frames and captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`, `num_frames` and `fps`, `labels` (where there are any: the clips of
-        each class by split), `num_left_out`, `num_skipped`, `skip_reasons` and `skipped` (each file and why), and
-        `num_converted` (files by what was changed in their pictures) and `converted` (each file and change).
+        The report: `name`, `path`, `fingerprint` (of the files and arguments), `request` (the arguments), `splits`
+        (clips, stills, frames and captions of each), `num_bytes`, the spread of `width`, `height`, `aspect`,
+        `num_frames` and `fps`, `labels` (where there are any: the clips of each class by split), `num_left_out`,
+        `num_skipped`, `skip_reasons` and `skipped` (each file and why), and `num_converted` (files by what was changed
+        in their pictures) and `converted` (each file and change).
 
     Raises:
         ValueError: no file could be read, a label is none of `LABEL_NAMES`, or `output` holds another data set of this

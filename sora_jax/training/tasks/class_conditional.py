@@ -88,6 +88,9 @@ class ClassConditionalConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.class_dropout <= 1, self, "class_dropout", "between 0 and 1")
+        if not self.model.has_null_class:
+            check(self.class_dropout == 0, self, "class_dropout", "0 for a model without a null class")
+            check(self.sample.guidance_scale == 1, self.sample, "guidance_scale", "1 for a model without a null class")
         size = self.model.patch_size
         check(self.patch.size == (1, size, size), self.patch, "size", f"the model's (1, {size}, {size})")
         channels = self.model.in_channels

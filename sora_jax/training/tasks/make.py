@@ -6,9 +6,19 @@ from sora_jax.config import ExperimentConfig, SoraConfig
 from sora_jax.models.attention import AttentionFn
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask
 from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
-from sora_jax.training.tasks.recognition import RecognitionConfig, recognition_task
+from sora_jax.training.tasks.recognition import (
+    ClassificationConfig,
+    ContrastiveConfig,
+    RecognitionConfig,
+    recognition_task,
+)
 from sora_jax.training.tasks.sora import SoraTask
 from sora_jax.training.tasks.task import Task
+
+CONFIGS: dict[str, type[ExperimentConfig]] = {
+    config.__name__: config
+    for config in (SoraConfig, DiffusionConfig, ClassConditionalConfig, ClassificationConfig, ContrastiveConfig)
+}
 
 
 def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None) -> Task:
