@@ -21,11 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Bool, Float
-from sora_jax.diffusion.gaussian import Levels, corrupt, expand, learned_log_variance, posterior
+from sora_jax.diffusion.gaussian import (
+    SMALLEST_VARIANCE,
+    Levels,
+    corrupt,
+    expand,
+    learned_log_variance,
+    posterior,
+)
 from sora_jax.diffusion.samplers import Denoise
 
 LOG_2 = math.log(2)
-_SMALLEST = 1e-20  # of a variance, so that its logarithm is finite
 
 
 def gaussian_kl(
@@ -115,8 +121,8 @@ def step_term(
     xt = corrupt(x0, noise, now.alpha, now.sigma)
     said, q = denoise(xt, now), posterior(now, to)
     last = to.sigma <= 0
-    floor = jnp.where(last, q.beta if floor is None else floor, _SMALLEST)
-    log_q = jnp.log(jnp.maximum(q.variance, _SMALLEST))
+    floor = jnp.where(last, q.beta if floor is None else floor, SMALLEST_VARIANCE)
+    log_q = jnp.log(jnp.maximum(q.variance, SMALLEST_VARIANCE))
     if variance == "learned":
         log_p = learned_log_variance(said.range, now, to, floor)
     else:

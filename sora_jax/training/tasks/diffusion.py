@@ -258,7 +258,7 @@ class GaussianTask(DiffusionTask):
         log_ab = jnp.append(jnp.cumsum(jnp.log1p(-betas))[::-1], 0.0)
         alpha, sigma = jnp.exp(log_ab / 2), jnp.sqrt(-jnp.expm1(log_ab))
         times = np.append(np.arange(len(self._betas))[::-1], 0).astype(np.float32)
-        return Levels(times, alpha, sigma, alpha)
+        return Levels(times, alpha, sigma, jnp.ones_like(alpha))
 
     def denoise(self, params: PyTree, dropout: jax.Array | None = None, clip: bool = True) -> Denoise:
         """Returns the denoise function of parameters.
