@@ -136,7 +136,6 @@ def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Lev
         mask: true where they are known, broadcast against x.
         noise: standard normal of the shape of x, for a level.
     """
-
     known = jnp.where(mask, known, 0)
 
     def wrapped(x: Array, level: Levels) -> Any:

@@ -138,8 +138,10 @@ def test_heun_is_better_than_euler_with_as_many_steps(errors, process, spacing):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_what_is_predicted_makes_no_difference(name):
-    """Networks that tell the same in other words, 20 steps of each process. Noise says nothing of data where alpha is 0,
-    at the start of a flow or of a terminal SNR of zero, and little where it is 5e-5, at the start of a cosine schedule.
+    """Networks that tell the same in other words, 20 steps of each process.
+
+    Noise says nothing of data where alpha is 0, at the start of a flow or of a terminal SNR of zero, and little where
+    it is 5e-5, at the start of a cosine schedule.
     """
     predictions = ("v", "velocity", "x0", "noise")
     asked = {p: ("linear", "cosine") if p == "noise" else PROCESSES for p in predictions}
