@@ -64,11 +64,14 @@ def flow_loss(
         t: each token's time, in [0, 1].
         x0: the clean patches.
         noise: the noise that made `xt` of them.
-        loss_mask: the tokens that count.
+        loss_mask: the tokens that count; the others may be anything.
         segment_ids: the clip of each token, 0 for padding.
         num_segments: K.
         config: what the network predicts, and the weighting.
     """
+    # What does not count may be anything, but times 0, NaN would come through.
+    output, xt, x0, noise = (jnp.where(loss_mask[..., None], a, 0) for a in (output, xt, x0, noise))
+    t = jnp.where(loss_mask, t, 1)
     predicted = flow.to_velocity(output.astype(jnp.float32), xt, t, config)
     error = jnp.square(predicted - flow.velocity(x0, noise)).mean(axis=-1)
     return packed_mean(error, loss_mask, segment_ids, num_segments, config.loss_weighting)
