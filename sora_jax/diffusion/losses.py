@@ -169,7 +169,8 @@ def hybrid_error(
     """Returns equation 2 for each value, of a network that learns its variance, in nats.
 
     The squared error of what is predicted trains the mean; the bound's term, in which the mean is held constant, trains
-    the variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step.
+    the variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step, and its code
+    takes the term in bits: a `share` that is 1 / log 2 times as large.
 
     Args:
         denoise: of the network, with a learned range.

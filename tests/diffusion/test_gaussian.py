@@ -117,7 +117,7 @@ def test_levels_of_a_sampler():
     [
         (lambda: gaussian.expand(np.ones(2), X0), r"level of shape \(2,\) does not belong to .* \(3, 4\)"),
         (lambda: gaussian.to_x0_and_noise(X0[:2], X0, ALPHA, SIGMA, "noise"), r"shape of its input \(3, 4\), got"),
-        (lambda: discrete_levels(linear_betas(3), np.arange(2)), "one for each of the 3 betas, got 2"),
+        (lambda: discrete_levels(linear_betas(3, 0.1, 0.2), np.arange(2)), "one for each of the 3 betas, got 2"),
     ],
 )
 def test_bad_input_is_named(make, message):

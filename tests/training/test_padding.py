@@ -134,4 +134,6 @@ def test_a_class_that_is_none_of_the_logits_is_not_silent(kind):
 
 def test_without_padding_by_eye():
     values = np.array([[[1.0, 2.0], [np.nan, np.inf], [3.0, 1e30]]], np.float32)
-    np.testing.assert_array_equal(without_padding(values, np.array([[2, 0, 1]])), [[[1, 2], [0, 0], [3, np.float32(1e30)]]])
+    np.testing.assert_array_equal(
+        without_padding(values, np.array([[2, 0, 1]])), [[[1, 2], [0, 0], [3, np.float32(1e30)]]]
+    )
