@@ -204,7 +204,7 @@ def dry_run(arguments: Arguments) -> int:
     label = "FLOPs, dense attention" if packed else "FLOPs"
     if remat:
         table.add_row(label, f"{figures['flops_per_step_without_remat']:.4g}")
-        label = f"the same with what remat {config.model.remat!r} computes again"
+        label = f"FLOPs, remat {config.model.remat}"  # with what the backward pass computes again
     table.add_row(label, f"{figures['flops_per_step']:.4g}")
     if "forward_macs" in figures:
         table.add_row("multiply-accumulates, forward, of one", f"{figures['forward_macs']:.4g}")
