@@ -28,7 +28,11 @@ def token_levels(strength, xp=jnp):
     return Levels(xp.concatenate([times, xp.asarray(vp.sigma)[:, None]], axis=1), alpha, sigma, xp.ones_like(alpha))
 
 
-@pytest.mark.parametrize("name", EVERY)
+def slow_but(names, every):
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in every]
+
+
+@pytest.mark.parametrize("name", slow_but({"heun", "dpm++sde", "unipc", "ancestral, learned"}, EVERY))
 def test_gradients_through_a_sampler_are_the_finite_differences(name):
     """Of the network's weight, the start and the levels, in float64, around tokens whose level does not move."""
     sampler = EVERY[name]

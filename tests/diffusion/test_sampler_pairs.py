@@ -136,7 +136,9 @@ def test_heun_is_better_than_euler_with_as_many_steps(errors, process, spacing):
         assert found["heun"][process, evaluations] < found["euler"][process, steps]
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize(
+    "name", ["heun", "unipc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("euler", "dpm++"))]
+)
 def test_what_is_predicted_makes_no_difference(name):
     """Networks that tell the same in other words, 20 steps of each process.
 
