@@ -181,10 +181,13 @@ def dry_run(arguments: Arguments) -> int:
     boxed = jax.eval_shape(lambda: init_params(task))
     param_shardings(boxed, jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)))
     rows = config.optimizer.accumulation_steps * config.data.batch_size
+    remat = getattr(config.model, "remat", "none") != "none"
+    kept = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none")) if remat else config
     figures = {
         "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(boxed)),
         **({"tokens_per_step": rows * config.data.row_length} if packed else {"examples_per_step": rows}),
         "flops_per_step": step_flops(task),
+        **({"flops_per_step_without_remat": step_flops(make_task(kept))} if remat else {}),
         "mesh": mesh,
     }
     if isinstance(task, ClassConditionalTask):
@@ -200,7 +203,11 @@ def dry_run(arguments: Arguments) -> int:
         table.add_row("tokens (slots of rows)", f"{figures['tokens_per_step']:,}")
     else:
         table.add_row("examples", f"{rows:,}")
-    table.add_row("FLOPs, dense attention" if packed else "FLOPs", f"{figures['flops_per_step']:.4g}")
+    label = "FLOPs, dense attention" if packed else "FLOPs"
+    if remat:
+        table.add_row(label, f"{figures['flops_per_step_without_remat']:.4g}")
+        label = f"FLOPs, remat {config.model.remat}"  # with what the backward pass computes again
+    table.add_row(label, f"{figures['flops_per_step']:.4g}")
     if "forward_macs" in figures:
         table.add_row("multiply-accumulates, forward, of one", f"{figures['forward_macs']:.4g}")
     table.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.items()))

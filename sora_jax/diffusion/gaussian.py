@@ -32,6 +32,7 @@ from sora_jax.array_types import Array, Float, Shaped
 from sora_jax.diffusion.schedules import alpha_bar
 
 Prediction = Literal["noise", "x0", "v", "score", "velocity"]
+SMALLEST_VARIANCE = 1e-20  # so that its logarithm is finite
 
 
 class Levels(NamedTuple):
@@ -41,8 +42,7 @@ class Levels(NamedTuple):
         time: what the network is told, a step of discrete diffusion or a flow time; one for all or one a level.
         alpha: share of the data.
         sigma: standard deviation of the noise.
-        unit: second-order steps integrate x / unit (`heun`): alpha makes that the ODE d x / d (sigma / alpha) = eps,
-            1 the flow's d x / d t.
+        unit: `Heun` integrates x / unit, unit > 0: 1 for x itself, alpha for EDM's ODE d x / d (sigma / alpha) = eps.
     """
 
     time: Array
@@ -65,10 +65,8 @@ def discrete_levels(betas: Float[np.ndarray, " steps"], steps: Shaped[np.ndarray
     steps = np.arange(len(ab) - 1) if steps is None else np.asarray(steps)
     if len(steps) != len(ab) - 1:
         raise ValueError(f"steps must be one for each of the {len(ab) - 1} betas, got {len(steps)}.")
-    alpha, sigma = np.sqrt(ab), np.sqrt(1 - ab)
-    # Where the terminal SNR is zero the state has no scale to be measured by; any positive unit does there.
-    unit = np.where(alpha > 0, alpha, 1.0)
-    return Levels(*(a.astype(np.float32) for a in (np.append(steps[::-1], 0), alpha, sigma, unit)))
+    parts = (np.append(steps[::-1], 0), np.sqrt(ab), np.sqrt(1 - ab), np.ones_like(ab))
+    return Levels(*(a.astype(np.float32) for a in parts))
 
 
 def flow_levels(times: Float[np.ndarray, "*times"]) -> Levels:
@@ -133,6 +131,12 @@ def to_x0_and_noise(
     raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}.")
 
 
+def root(variance: Array) -> Array:
+    """Returns the square root of a variance, 0 where rounding made it negative; its derivative at 0 is 0."""
+    positive = variance > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
 def noise_of(xt: Array, x0: Array, alpha: Array, sigma: Array) -> Array:
     """Returns (x_t - alpha x_0) / sigma, and 0 where sigma is 0; all broadcast."""
     return jnp.where(sigma > 0, (xt - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
@@ -192,8 +196,11 @@ class Posterior(NamedTuple):
 
 
 def posterior(now: Levels, to: Levels) -> Posterior:
-    """Returns equation 4 for a step from the level `now` to the less noisy level `to`."""
-    ratio = now.alpha / to.alpha
+    """Returns equation 4 for a step from the level `now` to the less noisy level `to`.
+
+    Its derivatives are finite, too, where a level does not move and where alpha or sigma is 0.
+    """
+    ratio = now.alpha / jnp.where(to.alpha > 0, to.alpha, 1)
     beta = now.sigma**2 - ratio**2 * to.sigma**2
     variance = jnp.where(now.sigma > 0, now.sigma, 1) ** 2
     return Posterior(
@@ -213,8 +220,10 @@ def learned_log_variance(
         v: the network's interpolation, 0 for the posterior's variance and 1 for beta.
         now: level of x_t.
         to: level of x_s.
-        floor: of the posterior's variance, which is 0 at the last step; improved DDPM takes that of the step before.
+        floor: of the posterior's variance, which is 0 at the last step (default: 1e-20, so that the logarithm is
+            finite); improved DDPM takes that of the step before.
     """
     p = posterior(now, to)
-    small = p.variance if floor is None else jnp.maximum(p.variance, floor)
-    return v * expand(jnp.log(p.beta), v) + (1 - v) * expand(jnp.log(small), v)
+    small = jnp.maximum(p.variance, SMALLEST_VARIANCE if floor is None else floor)
+    beta = jnp.maximum(p.beta, SMALLEST_VARIANCE)
+    return v * expand(jnp.log(beta), v) + (1 - v) * expand(jnp.log(small), v)

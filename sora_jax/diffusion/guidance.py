@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array
-from sora_jax.diffusion.gaussian import Levels, expand, posterior
+from sora_jax.diffusion.gaussian import Levels, expand, posterior, root
 from sora_jax.diffusion.samplers import Denoise, Network
 
 
@@ -63,13 +63,15 @@ def limited_interval(guided: Network, conditional: Network, low: float, high: fl
 
 def sample_std(x: Array) -> Array:
     """Returns the standard deviation of each sample of a batch, over all axes but the first, which stay as ones."""
-    return x.std(axis=tuple(range(1, x.ndim)), keepdims=True)
+    return root(x.var(axis=tuple(range(1, x.ndim)), keepdims=True))
 
 
 def rescaled(
     guided: Network, conditional: Network, share: float, std: Callable[[Array], Array] = sample_std
 ) -> Network:
     """Returns the guided network brought back to the conditional one's contrast (equation 3).
+
+    A prediction without contrast has none to be brought back: it stays as it is.
 
     Args:
         guided: by a large scale.
@@ -85,7 +87,9 @@ def rescaled(
 
     def network(x: Array, time: Array) -> Array:
         output = guided(x, time)
-        factor = std(conditional(x, time)) / std(output)
+        contrast = std(output)
+        varies = contrast > 0
+        factor = jnp.where(varies, std(conditional(x, time)) / jnp.where(varies, contrast, 1), 1)
         return output * (share * factor + 1 - share)
 
     return network
@@ -116,7 +120,7 @@ class Multiplied:
         said, q = denoise(x, now), posterior(now, to)
         mean = expand(q.xt, x) * x + expand(q.x0, x) * said.x0
         moved = mean + expand(q.variance, x) * self.log_r_gradient(mean)
-        return moved + expand(jnp.sqrt(q.variance), x) * noise, ()
+        return moved + expand(root(q.variance), x) * noise, ()
 
 
 def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Levels], Array]) -> Denoise:
@@ -132,6 +136,7 @@ def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Lev
         mask: true where they are known, broadcast against x.
         noise: standard normal of the shape of x, for a level.
     """
+    known = jnp.where(mask, known, 0)
 
     def wrapped(x: Array, level: Levels) -> Any:
         alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)

@@ -21,11 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Bool, Float
-from sora_jax.diffusion.gaussian import Levels, corrupt, expand, learned_log_variance, posterior
+from sora_jax.diffusion.gaussian import (
+    SMALLEST_VARIANCE,
+    Levels,
+    corrupt,
+    expand,
+    learned_log_variance,
+    posterior,
+)
 from sora_jax.diffusion.samplers import Denoise
 
 LOG_2 = math.log(2)
-_SMALLEST = 1e-20  # of a variance, so that its logarithm is finite
 
 
 def gaussian_kl(
@@ -105,7 +111,8 @@ def step_term(
         to: level t - 1.
         variance: of p: `small`, `large` or `learned`.
         discrete: x0 is 8-bit values in [-1, 1], and L_0 their mass rather than a density.
-        floor: least variance of p, for the last step, whose `small` variance is 0 (default: beta).
+        floor: variance of p in the last step, whose `small` variance is 0, or the least one where it is learned.
+            Default: beta, the only variance that this step itself has. The code of DDPM takes `last_floor`.
 
     Raises:
         ValueError: an unknown variance.
@@ -115,12 +122,13 @@ def step_term(
     xt = corrupt(x0, noise, now.alpha, now.sigma)
     said, q = denoise(xt, now), posterior(now, to)
     last = to.sigma <= 0
-    floor = jnp.where(last, q.beta if floor is None else floor, _SMALLEST)
-    log_q = jnp.log(jnp.maximum(q.variance, _SMALLEST))
+    of_last = q.beta if floor is None else floor
+    log_q = jnp.log(jnp.maximum(q.variance, SMALLEST_VARIANCE))
     if variance == "learned":
-        log_p = learned_log_variance(said.range, now, to, floor)
+        log_p = learned_log_variance(said.range, now, to, jnp.where(last, of_last, SMALLEST_VARIANCE))
     else:
-        log_p = jnp.log(jnp.maximum(q.variance if variance == "small" else q.beta, floor))
+        fixed = jnp.where(last, of_last, q.variance if variance == "small" else q.beta)
+        log_p = jnp.log(jnp.maximum(fixed, SMALLEST_VARIANCE))
         log_p = jnp.broadcast_to(expand(log_p, x0), x0.shape)
     means = [expand(q.xt, x0) * xt + expand(q.x0, x0) * x for x in (x0, said.x0)]
     divergence = gaussian_kl(means[0], expand(log_q, x0), means[1], log_p)
@@ -130,9 +138,10 @@ def step_term(
 
 
 def last_floor(levels: Levels) -> Array | None:
-    """Returns the least variance of the last step, which a learned one may not go below: that of the step before.
+    """Returns the variance that the code of DDPM and improved DDPM gives the last step: the posterior's of step 2.
 
-    The last step's own least variance is 0 (arXiv:2102.09672's code does the same). None where there is one step.
+    The last step's own posterior has none. A learned variance may not go below it, and with `small` and with `large`
+    variances it is theirs. None where there is one step.
     """
     if len(levels.sigma) < 3:
         return None
@@ -154,6 +163,7 @@ def bound(
     variance: str = "small",
     discrete: bool = False,
     mask: Bool[Array, "batch *values"] | None = None,
+    last_variance: str = "beta",
 ) -> BoundTerms:
     """Returns all terms of the bound, each with one draw of noise.
 
@@ -165,7 +175,15 @@ def bound(
         variance: of the reverse steps.
         discrete: x0 is 8-bit values in [-1, 1].
         mask: which values count (default: all).
+        last_variance: of the last step where the variance is `small` or `large`: `beta`, that of its forward step, or
+            `posterior`, what the code of DDPM takes (`last_floor`). Published bounds are with the latter; it is not the
+            default because bounds that were written down with the former would change.
+
+    Raises:
+        ValueError: an unknown last variance.
     """
+    if last_variance not in ("beta", "posterior"):
+        raise ValueError(f"last_variance must be beta or posterior, got {last_variance!r}.")
     count = jnp.ones(x0.shape, bool) if mask is None else jnp.broadcast_to(mask, x0.shape)
 
     def per_example(values: Array) -> Array:
@@ -173,7 +191,7 @@ def bound(
 
     levels = Levels(*(jnp.asarray(a) for a in levels))
     prior = prior_term(x0, Levels(*(a[0] for a in levels)))
-    floor = last_floor(levels) if variance == "learned" else None
+    floor = last_floor(levels) if variance == "learned" or last_variance == "posterior" else None
 
     def body(_: None, step: tuple[Levels, Levels, Array]) -> tuple[None, tuple[Array, Array]]:
         now, to, index = step

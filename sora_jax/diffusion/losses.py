@@ -64,11 +64,14 @@ def flow_loss(
         t: each token's time, in [0, 1].
         x0: the clean patches.
         noise: the noise that made `xt` of them.
-        loss_mask: the tokens that count.
+        loss_mask: the tokens that count; the others may be anything.
         segment_ids: the clip of each token, 0 for padding.
         num_segments: K.
         config: what the network predicts, and the weighting.
     """
+    # What does not count may be anything, but times 0, NaN would come through.
+    output, xt, x0, noise = (jnp.where(loss_mask[..., None], a, 0) for a in (output, xt, x0, noise))
+    t = jnp.where(loss_mask, t, 1)
     predicted = flow.to_velocity(output.astype(jnp.float32), xt, t, config)
     error = jnp.square(predicted - flow.velocity(x0, noise)).mean(axis=-1)
     return packed_mean(error, loss_mask, segment_ids, num_segments, config.loss_weighting)
@@ -166,7 +169,8 @@ def hybrid_error(
     """Returns equation 2 for each value, of a network that learns its variance, in nats.
 
     The squared error of what is predicted trains the mean; the bound's term, in which the mean is held constant, trains
-    the variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step.
+    the variance. improved DDPM multiplies `share` by T where, as here, the term is that of one drawn step, and its code
+    takes the term in bits: a `share` that is 1 / log 2 times as large.
 
     Args:
         denoise: of the network, with a learned range.

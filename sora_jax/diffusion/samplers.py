@@ -8,10 +8,8 @@ With x_0 and eps as the network tells them at the level t, and s the next one:
                                                                                       arXiv:2010.02502, Eq. 12
 (3)  Heun        y_s = y_t + (d_t + d_s) / 2,  y = x / unit,
                  d = (change of alpha / unit) x_0 + (change of sigma / unit) eps      arXiv:2206.00364, Algorithm 1
-(4)  DPM-Solver++(2M)      x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D,  h = lambda_s - lambda_t,
-                 D = x_0 + h / (2 h_before) (x_0 - x_0 before)                        arXiv:2211.01095, Algorithm 2
-     SDE form    x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
-(5)  UniPC-2     (4) corrected, once x_0 is known at the level it led to              arXiv:2302.04867, Algorithm 5-8
+
+The multi-step samplers DPM-Solver++(2M) and UniPC stand in `sora_jax.diffusion.multistep`.
 
 Deterministic DDIM is Euler's method: for a flow x_s = x_t + (s - t)(eps - x_0), so `euler` is its name here too.
 
@@ -37,8 +35,10 @@ from sora_jax.diffusion.gaussian import (
     learned_log_variance,
     noise_of,
     posterior,
+    root,
     to_x0_and_noise,
 )
+from sora_jax.diffusion.multistep import DPMSolver, UniPC
 
 
 class Denoised(NamedTuple):
@@ -156,7 +156,7 @@ class Ancestral:
                 raise ValueError("variance 'learned' needs a network that learns its range (denoiser(learned_range)).")
             std = jnp.exp(learned_log_variance(said.range, now, to) / 2)
         else:
-            std = expand(jnp.sqrt(q.variance if self.variance == "small" else q.beta), x)
+            std = expand(root(q.variance if self.variance == "small" else q.beta), x)
         return jnp.where(expand(to.sigma, x) > 0, mean + std * noise, mean), ()
 
 
@@ -192,14 +192,19 @@ class DDIM:
         if not self.stochastic:
             return expand(to.alpha, x) * said.x0 + expand(to.sigma, x) * said.noise, ()
         fresh = self.eta**2 * posterior(now, to).variance
-        kept = jnp.sqrt(jnp.maximum(to.sigma**2 - fresh, 0))
+        kept = root(to.sigma**2 - fresh)
         mean = expand(to.alpha, x) * said.x0 + expand(kept, x) * said.noise
-        return mean + expand(jnp.sqrt(fresh), x) * noise, ()
+        return mean + expand(root(fresh), x) * noise, ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """Equation 3; of order 2. The step onto clean data is Euler's, since nothing can be asked there."""
+    """Equation 3; of order 2. The step onto clean data is Euler's, since nothing can be asked there.
+
+    With `Levels.unit` 1, as all levels of `sora_jax.diffusion.gaussian` have it, x itself is integrated, whatever the
+    process. With the unit alpha it is EDM's form, of x / alpha. That suits EDM's ladder, but a cosine schedule takes
+    sigma / alpha from 20,000 to 15 in its first step, over which a straight line errs by orders of magnitude.
+    """
 
     evaluations: ClassVar[int] = 2
     stochastic: ClassVar[bool] = False
@@ -225,125 +230,6 @@ class Heun:
 def _moved(x: Array, moved: Array, now: Levels, to: Levels) -> Array:
     """Returns `moved` where the level changes, and x as it was where it does not."""
     return jnp.where(expand(now.sigma != to.sigma, x), moved, x)
-
-
-class Before(NamedTuple):
-    """What a multi-step sampler remembers of the step before, and of the one before that.
-
-    Attributes:
-        x: the state that the step started from.
-        sigma: its level's.
-        x0: the clean data that the network told then, and a step earlier.
-        log_snr: lambda of these two levels.
-    """
-
-    x: Array
-    sigma: Array
-    x0: tuple[Array, Array]
-    log_snr: tuple[Array, Array]
-
-    @classmethod
-    def nothing(cls, x: Array, level: Levels) -> Before:
-        """Returns a memory of the right shapes, which the first step does not use."""
-        sigma = jnp.asarray(level.sigma)
-        # Arrays of their own, each, since a compiled chunk takes them over.
-        return cls(
-            jnp.zeros_like(x),
-            jnp.ones_like(sigma),
-            (jnp.zeros_like(x), jnp.zeros_like(x)),
-            (jnp.zeros_like(sigma), jnp.zeros_like(sigma)),
-        )
-
-    def then(self, x: Array, x0: Array, level: Levels) -> Before:
-        """Returns the memory after a step that started from x at `level`, where the network told `x0`."""
-        return Before(x, level.sigma, (x0, self.x0[0]), (log_snr(level), self.log_snr[0]))
-
-    def extrapolate(self, x0: Array, now: Levels, to: Levels, index: Array) -> tuple[Array, Array]:
-        """Returns D of equation 4 (x0 itself in the first step and in one onto clean data), and h."""
-        h = log_snr(to) - log_snr(now)
-        ahead = h / (log_snr(now) - self.log_snr[0]) / 2
-        d = x0 + expand(ahead, x0) * (x0 - self.x0[0])
-        return jnp.where((index > 0) & expand(to.sigma > 0, x0), d, x0), h
-
-
-def log_snr(level: Levels) -> Array:
-    """Returns lambda, half the log signal-to-noise ratio: infinite where clean, minus infinity where all noise."""
-    return jnp.log(level.alpha) - jnp.log(level.sigma)
-
-
-@dataclasses.dataclass(frozen=True)
-class DPMSolver:
-    """Equation 4, DPM-Solver++(2M); of order 2 (order 1 in its first step, and in one onto clean data).
-
-    Attributes:
-        sde: the SDE form, which adds noise.
-    """
-
-    sde: bool = False
-    evaluations: ClassVar[int] = 1
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether it is the SDE form."""
-        return self.sde
-
-    def start(self, x: Array, level: Levels) -> Before:
-        """Remembers the last x0."""
-        return Before.nothing(x, level)
-
-    def step(
-        self, denoise: Denoise, x: Array, memory: Before, now: Levels, to: Levels, index: Array, noise: Array | None
-    ) -> tuple[Array, Before]:
-        """Returns x at the level `to`."""
-        x0 = denoise(x, now).x0
-        d, h = memory.extrapolate(x0, now, to, index)
-        shrink, after = to.sigma / now.sigma, memory.then(x, x0, now)
-        if not self.sde:
-            return expand(shrink, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d, after
-        kept = -jnp.expm1(-2 * h)
-        mean = expand(shrink * jnp.exp(-h), x) * x + expand(to.alpha * kept, x) * d
-        return mean + expand(to.sigma * jnp.sqrt(kept), x) * noise, after
-
-
-@dataclasses.dataclass(frozen=True)
-class UniPC:
-    """Equation 5 with B(h) = e^h - 1 (`bh2`), predicting x0; predictor of order 2, corrected to order 3.
-
-    The corrector costs no evaluation: it uses the one at the level it corrects, which the next step needs anyway.
-    """
-
-    evaluations: ClassVar[int] = 1
-    stochastic: ClassVar[bool] = False
-
-    def start(self, x: Array, level: Levels) -> Before:
-        """Remembers the last state and two x0."""
-        return Before.nothing(x, level)
-
-    def step(
-        self, denoise: Denoise, x: Array, memory: Before, now: Levels, to: Levels, index: Array, noise: Array | None
-    ) -> tuple[Array, Before]:
-        """Corrects x at the level `now`, then returns the prediction at the level `to`."""
-        x0 = denoise(x, now).x0
-        x = jnp.where(index > 0, self._correct(x, x0, memory, now, index), x)
-        d, h = memory.extrapolate(x0, now, to, index)
-        predicted = expand(to.sigma / now.sigma, x) * x - expand(to.alpha * jnp.expm1(-h), x) * d
-        return predicted, memory.then(x, x0, now)
-
-    def _correct(self, x: Array, x0: Array, memory: Before, now: Levels, index: Array) -> Array:
-        """Makes the last step again, now that `x0` is known where it led to."""
-        h = log_snr(now) - memory.log_snr[0]
-        earlier = (memory.log_snr[1] - memory.log_snr[0]) / h
-        # The weights solve rho_0 + rho_1 = b_0, earlier rho_0 + rho_1 = b_1 (arXiv:2302.04867, Eq. 12).
-        phi_1 = jnp.expm1(-h)
-        phi_2 = phi_1 / -h - 1
-        phi_3 = phi_2 / -h - 1 / 2
-        b_0, b_1 = phi_2 / phi_1, 2 * phi_3 / phi_1
-        rho_0 = jnp.where(index > 1, (b_0 - b_1) / (1 - earlier), 0)
-        rho_1 = jnp.where(index > 1, b_0 - rho_0, 1 / 2)
-        past = jnp.where(index > 1, expand(1 / earlier, x) * (memory.x0[1] - memory.x0[0]), 0)
-        change = expand(rho_0, x) * past + expand(rho_1, x) * (x0 - memory.x0[0])
-        d = memory.x0[0] + change
-        return expand(now.sigma / memory.sigma, x) * memory.x - expand(now.alpha * phi_1, x) * d
 
 
 SAMPLERS: dict[str, Sampler] = {

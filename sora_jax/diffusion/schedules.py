@@ -16,6 +16,7 @@ Tables are float64 NumPy arrays, computed once; what enters a compiled function 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,10 +44,27 @@ def check_betas(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps
     return betas
 
 
-def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Float[np.ndarray, " steps"]:
-    """Returns evenly spaced betas (arXiv:2006.11239, section 4)."""
+def linear_betas(
+    num_steps: int = 1000, start: float | None = None, end: float | None = None
+) -> Float[np.ndarray, " steps"]:
+    """Returns evenly spaced betas (arXiv:2006.11239, section 4).
+
+    Args:
+        num_steps: T.
+        start: first beta. The default is 1e-4 of 1000 steps, times 1000 / T for another T, as in improved DDPM's code:
+            then as little of the data is left at the end, whatever T.
+        end: last beta; the default, 0.02, is scaled likewise.
+
+    Raises:
+        ValueError: so few steps that the last beta would be scaled to 1 or above.
+    """
     _check_num_steps(num_steps)
-    return check_betas(np.linspace(start, end, num_steps))
+    scale = 1000 / num_steps
+    if end is None and 0.02 * scale >= 1:
+        raise ValueError(f"num_steps must be at least 21 for the last beta of 20 / num_steps, got {num_steps}.")
+    return check_betas(
+        np.linspace(1e-4 * scale if start is None else start, 0.02 * scale if end is None else end, num_steps)
+    )
 
 
 def cosine_betas(num_steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[np.ndarray, " steps"]:
@@ -126,7 +144,8 @@ def respaced_steps(num_steps: int, count: int, spacing: str = "leading", offset:
         count: how many are kept.
         spacing: `leading` keeps every (T // count)-th from 0 on, `trailing` every (T / count)-th back from T - 1,
             `linspace` evenly from 0 to T - 1 (arXiv:2305.08891, Table 2, names them). The official DiT and improved
-            DDPM samplers keep `linspace`.
+            DDPM samplers keep `linspace`, and this is their rule to the step. Their `ddimN` is `leading` where count
+            divides T; elsewhere it takes the least stride that gives N steps, or none, while `leading` is diffusers'.
         offset: added to `leading`; 1 is what Stable Diffusion's samplers add.
 
     Raises:
@@ -140,7 +159,9 @@ def respaced_steps(num_steps: int, count: int, spacing: str = "leading", offset:
     if spacing == "trailing":
         return np.round(np.arange(num_steps, 0, -num_steps / count)).astype(np.int64)[:count][::-1] - 1
     if spacing == "linspace":
-        return np.round(np.linspace(0, num_steps - 1, count)).astype(np.int64)
+        # Added up and rounded half to even as `space_timesteps` of improved DDPM does: ties fall as they do there.
+        stride = (num_steps - 1) / (count - 1) if count > 1 else 1.0
+        return np.array([round(place) for place in itertools.accumulate([0.0] + [stride] * (count - 1))], np.int64)
     raise ValueError(f"spacing must be leading, trailing or linspace, got {spacing!r}.")
 
 

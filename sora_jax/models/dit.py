@@ -47,7 +47,7 @@ from sora_jax.models.transformer import (
 )
 from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify, unpatchify
-from sora_jax.patches.segments import segment_one_hot
+from sora_jax.patches.segments import segment_one_hot, without_padding
 
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 
@@ -166,17 +166,23 @@ class DiT(nn.Module):
         Args:
             patches: (B, L, patch_size^2 in_channels), values in the order y, x, channel; noised.
             positions: (B, L, 3), (t, y, x) in patches; t is not looked at.
-            segment_ids: (B, L), 1 ... K, the image of each token; 0 for padding.
-            timesteps: (B, K), of each image, 0 (the least noisy) to 999; anything finite where a row has fewer.
+            segment_ids: (B, L), 1 ... K, the image of each token; 0 for padding. The output of a token of another
+                image is NaN.
+            timesteps: (B, K), of each image, 0 (the least noisy) to 999; anything where a row has fewer.
             labels: (B, K), the class of each image; `num_classes`, or any number below 0, is the null class. Where
-                there is no such class, the row's output is NaN (this runs compiled and cannot raise).
+                there is no such class, the row's output is NaN (this runs compiled and cannot raise). Anything where a
+                row has fewer.
 
         Returns:
             (B, L, patch_size^2 out_channels) float32, in the order y, x, channel (`split_output` takes it apart);
-            zero where padded.
+            zero where padded: what stands there, in any input, comes into nothing.
         """
         c = self.config
         num_segments, length = timesteps.shape[1], segment_ids.shape[1]
+        patches, positions = (without_padding(values, segment_ids) for values in (patches, positions))
+        one_hot = segment_one_hot(segment_ids, num_segments).astype(c.dtype)  # (B, L, K)
+        present = one_hot.any(axis=1)
+        timesteps, labels = jnp.where(present, timesteps, 0), jnp.where(present, labels, c.num_classes)
         adaptive = c.conditioning in ("adaln", "adaln_zero")
 
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
@@ -185,7 +191,6 @@ class DiT(nn.Module):
         condition = jax.nn.silu(time + label) if adaptive else None
         tokens = jnp.stack([time, label], axis=2).reshape(len(x), -1, c.width).astype(c.dtype)  # (B, 2K, D)
         token_ids = jnp.broadcast_to(jnp.repeat(jnp.arange(1, num_segments + 1), 2), tokens.shape[:2])
-        one_hot = segment_one_hot(segment_ids, num_segments).astype(c.dtype)  # (B, L, K)
 
         context = Context(segment_ids=segment_ids, condition=condition, level_one_hot=one_hot)
         if c.conditioning == "in_context":
@@ -206,7 +211,7 @@ class DiT(nn.Module):
             x = modulate(x, *expand_levels(parts.reshape(*timesteps.shape, 2, c.width), one_hot))
         out_dim = c.patch_size**2 * c.out_channels
         x = dense(out_dim, ("width", "patch"), name="head", dtype="float32", zero=True)(x)
-        return jnp.where(segment_ids[..., None] > 0, x, 0)
+        return without_padding(jnp.where(segment_ids[..., None] <= num_segments, x, jnp.nan), segment_ids)
 
     def on_images(
         self,

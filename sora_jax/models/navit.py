@@ -43,7 +43,7 @@ from sora_jax.models.transformer import (
     Sublayer,
     scanned_blocks,
 )
-from sora_jax.patches.segments import segment_extent, segment_one_hot
+from sora_jax.patches.segments import segment_extent, segment_one_hot, without_padding
 
 AXES = ("t", "y", "x")
 
@@ -180,12 +180,12 @@ class NaViT(nn.Module):
             patches: (B, L, P).
             positions: (B, L, 3), (t, y, x) as `sora_jax.patches.positions` counts them. `check_positions` tells
                 whether the model's tables reach so far; here a position beyond them gives NaN.
-            segment_ids: (B, L), 1 ... K, 0 for padding.
+            segment_ids: (B, L), 1 ... K, 0 for padding. All that is said of a row with another one is NaN.
             extent: (B, K, 3), size of each segment in the units of `positions`, for equation 2. None: one more than
                 its largest positions, which is too small where all of an image's last row or column was dropped.
 
         Returns:
-            A `NaViTOutput`.
+            A `NaViTOutput`. What stands where padded, in any input, comes into nothing.
 
         Raises:
             ValueError: patches of another size than `patch_dim`.
@@ -198,9 +198,9 @@ class NaViT(nn.Module):
         members = segment_one_hot(segment_ids, num_segments)  # (B, L, K)
         present = members.any(axis=1)  # (B, K)
 
-        positions = jnp.where(real[..., None], positions, 0)
+        patches, positions = (without_padding(values, segment_ids) for values in (patches, positions))
         if extent is None:
-            extents = segment_extent(positions, segment_ids, num_segments)  # (B, L, 3)
+            extents = segment_extent(positions, segment_ids)  # (B, L, 3)
         else:
             extents = jnp.einsum("blk,bka->bla", members, jnp.where(present[..., None], extent, 1), precision="highest")
             extents = jnp.where(real[..., None], extents, 1)
@@ -230,6 +230,8 @@ class NaViT(nn.Module):
         h = Mlp(c.mlp_dim, c.width, ("width", "mlp", "width"), c.dtype, bias=False, name="pool_mlp")(h)
         features = (pooled + h).astype(jnp.float32)
         logits = dense(c.num_classes, ("width", "channels"), name="head", dtype="float32", zero=True)(features)
+        fits = (segment_ids <= num_segments).all(axis=1)[:, None, None]
+        features, logits = (jnp.where(fits, y, jnp.nan) for y in (features, logits))
         return NaViTOutput(*(jnp.where(present[..., None], y, 0) for y in (features, logits)), present)
 
 
@@ -263,7 +265,7 @@ class ContrastiveHead(nn.Module):
             Embeddings of images and of captions, (B, K, E) float32 each, of length 1 or zero where there is nothing,
             and the scale of the logits.
         """
-        members = segment_one_hot(text_segment_ids, features.shape[1])  # (B, M, K)
+        members, text = segment_one_hot(text_segment_ids, features.shape[1]), without_padding(text, text_segment_ids)
         # A sum: at length 1 it is the mean.
         captions = jnp.einsum("bmk,bmd->bkd", members, text, precision="highest")  # (B, K, text_dim)
         axes = ("width", "heads_width")

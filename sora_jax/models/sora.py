@@ -34,7 +34,7 @@ from sora_jax.models.transformer import (
     scanned_blocks,
 )
 from sora_jax.patches.rotary import rope_angles
-from sora_jax.patches.segments import segment_extent
+from sora_jax.patches.segments import segment_extent, without_padding
 
 # Noise levels in [0, 1] are embedded as the timesteps in [0, 1000] that the open models were trained with.
 TIMESTEPS = 1000.0
@@ -85,21 +85,26 @@ class SoraTransformer(nn.Module):
             patches: (B, L, P), noised to each token's level.
             positions: (B, L, 3), (t, y, x).
             segment_ids: (B, L), the clip of each token, 0 for padding.
-            levels: (B, J) float32 in [0, 1], the noise levels that occur in a row.
-            level_ids: (B, L), each token's column of `levels`.
+            levels: (B, J) float32 in [0, 1], the noise levels that occur in a row; anything where no token has one.
+            level_ids: (B, L), each token's column of `levels`. The output of a token that names another is NaN.
             text: (B, M, text_dim), caption tokens.
             text_segment_ids: (B, M), the clip of each caption token, 0 for padding.
 
         Returns:
-            (B, L, P) float32, zero where padded.
+            (B, L, P) float32, zero where padded: what stands there, in any input, comes into nothing.
         """
         c = self.config
+        patches, positions = (without_padding(values, segment_ids) for values in (patches, positions))
+        text = without_padding(text, text_segment_ids)
+        real = segment_ids > 0
+        level_one_hot = jax.nn.one_hot(level_ids, levels.shape[1], dtype=c.dtype) * real[..., None].astype(c.dtype)
+        levels = jnp.where(level_one_hot.any(axis=1), levels, 0)
         attention = self.attention_fn or attention_kernel(c.attention)
         axes = ("modulation", "width", "width")
 
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
         if c.grid_embedding:
-            place = grid_coordinates(positions, segment_ids, levels.shape[1])  # (B, L, 5)
+            place = grid_coordinates(positions, segment_ids)  # (B, L, 5)
             place = sinusoidal_embedding(place, GRID_FREQUENCIES, period=GRID_PERIOD)  # (B, L, 5, GRID_FREQUENCIES)
             place = place.reshape(*segment_ids.shape, -1).astype(c.dtype)
             x = x + dense(c.width, ("patch", "width"), name="grid_embedding", dtype=c.dtype)(place)
@@ -120,7 +125,7 @@ class SoraTransformer(nn.Module):
             text=text,
             text_segment_ids=text_segment_ids,
             conditioning=conditioning.reshape(*levels.shape, 6, c.width),
-            level_one_hot=jax.nn.one_hot(level_ids, levels.shape[1], dtype=c.dtype),
+            level_one_hot=level_one_hot,
         )
 
         heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=attention)
@@ -137,11 +142,12 @@ class SoraTransformer(nn.Module):
         shift, scale = expand_levels(time[:, :, None] + table, context.level_one_hot)
         x = modulate(layer_norm(name="head_norm", eps=c.norm_eps, affine=False)(x), shift, scale)
         x = dense(self.patch_dim, ("width", "patch"), name="head", dtype="float32", zero=True)(x)
-        return jnp.where(segment_ids[..., None] > 0, x, 0)
+        known = (level_ids >= 0) & (level_ids < levels.shape[1])
+        return without_padding(jnp.where(known[..., None], x, jnp.nan), segment_ids)
 
 
 def grid_coordinates(
-    positions: Float[Array, "batch length 3"], segment_ids: Int[Array, "batch length"], num_segments: int
+    positions: Float[Array, "batch length 3"], segment_ids: Int[Array, "batch length"]
 ) -> Float[Array, "batch length 5"]:
     """Returns where tokens lie in their clips, (B, L, 5) float32, in the units that the grid embedding takes.
 
@@ -150,9 +156,8 @@ def grid_coordinates(
     Args:
         positions: (B, L, 3), (t, y, x).
         segment_ids: (B, L), 0 for padding.
-        num_segments: at least the highest segment id.
     """
-    extent = segment_extent(positions[..., 1:], segment_ids, num_segments)
+    extent = segment_extent(positions[..., 1:], segment_ids)
     return jnp.concatenate([positions, 8 * (positions[..., 1:] + 0.5) / extent], axis=-1)
 
 

@@ -45,19 +45,28 @@ def segment_mean(
     return total / jnp.maximum(count, 1), count > 0
 
 
+def without_padding(
+    values: Float[Array, "batch length values"], segment_ids: Int[Array, "batch length"]
+) -> Float[Array, "batch length values"]:
+    """Returns values that are 0 where padded, whatever stood there: times 0, NaN and infinity would come through."""
+    return jnp.where(segment_ids[..., None] > 0, values, 0)
+
+
 def segment_extent(
-    positions: Float[Array, "batch length axes"], segment_ids: Int[Array, "batch length"], num_segments: int
+    positions: Float[Array, "batch length axes"], segment_ids: Int[Array, "batch length"]
 ) -> Float[Array, "batch length axes"]:
     """Returns, for each token, one more than the largest position of its segment: the size of a grid counted from 0.
 
     Args:
         positions: (B, L, A), 0 or above.
-        segment_ids: (B, L).
-        num_segments: at least the highest segment id.
+        segment_ids: (B, L), at most L.
 
     Returns:
-        (B, L, A) float32; 1 for padding.
+        (B, L, A) float32; 1 for padding, NaN for an id above L.
     """
-    members = segment_one_hot(segment_ids, num_segments)  # (B, L, K)
-    largest = jnp.where(members[..., None] > 0, positions[:, :, None, :], 0).max(axis=1)  # (B, K, A)
-    return jnp.einsum("blk,bka->bla", members, largest, precision="highest") + 1
+
+    def of_row(positions: Array, ids: Array) -> Array:
+        largest = jnp.zeros((len(ids) + 1, positions.shape[-1]), jnp.float32).at[ids].max(positions, mode="drop")
+        return largest.at[0].set(0).at[ids].get(mode="fill", fill_value=jnp.nan) + 1
+
+    return jax.vmap(of_row)(positions, segment_ids)

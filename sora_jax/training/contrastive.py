@@ -35,7 +35,7 @@ def contrastive_loss(
     Args:
         image: (..., E) embeddings of images or clips, of length 1.
         text: (..., E) embeddings of their captions, of length 1.
-        present: (...) bool, the pairs that exist; a pair that does not is no negative either.
+        present: (...) bool, the pairs that exist; a pair that does not is no negative either, and may be anything.
         logit_scale: s, positive: the inverse of the temperature.
         chunk: rows of the matrix that are held at a time (None: all). It changes memory alone.
         axis_name: under `jax.shard_map`, the mesh axes that the pairs are split over. Their embeddings are gathered,
@@ -49,6 +49,7 @@ def contrastive_loss(
     width = image.shape[-1]
     u, v = (x.reshape(-1, width).astype(jnp.float32) for x in (logit_scale * image, text))  # (N, E)
     mask = present.reshape(-1)
+    u, v = (jnp.where(mask[:, None], x, 0) for x in (u, v))  # times 0, NaN would come through
     all_u, all_v, all_mask = (u, v, mask) if axis_name is None else lax.all_gather((u, v, mask), axis_name, tiled=True)
     loss = _log_sum_exp(u, all_v, all_mask, chunk) + _log_sum_exp(v, all_u, all_mask, chunk) - 2 * (u * v).sum(axis=-1)
     total, count = jnp.where(mask, loss, 0).sum() / 2, mask.sum()
@@ -80,8 +81,9 @@ def classification_loss(
     """Returns the mean cross-entropy of the segments that are present, in nats; 0 without any.
 
     Args:
-        logits: (..., C).
-        labels: (...), the class of each segment; anything where absent.
+        logits: (..., C); anything where absent.
+        labels: (...), the class of each segment; anything where absent. The loss of a class that is not one of the C
+            is NaN (this runs compiled and cannot raise).
         present: (...) bool.
         kind: `softmax`, or `sigmoid`: the sum of C binary cross-entropies, as arXiv:2307.06304 trains on JFT.
         label_smoothing: share of the target that is spread over all classes (arXiv:1512.00567, section 7).
@@ -93,9 +95,11 @@ def classification_loss(
         raise ValueError(f"kind must be softmax or sigmoid, got {kind!r}.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+    logits = jnp.where(present[..., None], logits, 0)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
     if kind == "softmax":
         loss = optax.softmax_cross_entropy(logits, targets)
     else:
         loss = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+    loss = jnp.where((labels >= 0) & (labels < logits.shape[-1]), loss, jnp.nan)
     return jnp.where(present, loss, 0).sum() / jnp.maximum(present.sum(), 1)

@@ -85,7 +85,7 @@ def _grid_size(params: dict[str, Any]) -> int:
 
 
 def step_flops(task: Task) -> int:
-    """Returns the operations of one update as XLA would run it, padding included.
+    """Returns the operations of one update as XLA would run it, padding and what `remat` computes again included.
 
     It is traced with shapes alone. An attention kernel counts what its own code does, the dense one full rows.
     """

@@ -30,3 +30,40 @@ def mixture_samples(rng, count):
     """Draws (count, 2)."""
     which = rng.choice(3, count, p=MIXTURE_WEIGHTS)
     return MIXTURE_MEANS[which] + MIXTURE_STD * rng.standard_normal((count, 2))
+
+
+MIXTURE_MEAN = MIXTURE_WEIGHTS @ MIXTURE_MEANS
+MIXTURE_COVARIANCE = (
+    (MIXTURE_MEANS - MIXTURE_MEAN).T @ np.diag(MIXTURE_WEIGHTS) @ (MIXTURE_MEANS - MIXTURE_MEAN)
+    + MIXTURE_STD**2 * np.eye(2)
+)  # fmt: skip
+
+
+def mixture_x0(x, alpha, sigma):
+    """E[x_0 | x_t] of the mixture, float64, for x of shape (n, 2)."""
+    variance = alpha**2 * MIXTURE_STD**2 + sigma**2
+    offsets = x[:, None] - alpha * MIXTURE_MEANS  # (n, 3, 2)
+    logits = np.log(MIXTURE_WEIGHTS) - (offsets**2).sum(-1) / (2 * variance)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    return (shares[..., None] * (MIXTURE_MEANS + alpha * MIXTURE_STD**2 / variance * offsets)).sum(1)
+
+
+def mixture_flow(x, alpha, sigma, num_steps=400):
+    """Where the probability-flow ODE of the mixture takes x from a level to data: by Runge-Kutta of order 4 in the
+    angle a of x / r = cos(a) x_0 + sin(a) eps."""
+    r, angle = np.hypot(alpha, sigma), np.arctan2(sigma, alpha)
+
+    def slope(y, a):
+        a = max(a, 1e-9)
+        x0 = mixture_x0(y, np.cos(a), np.sin(a))
+        return -np.sin(a) * x0 + np.cos(a) * (y - np.cos(a) * x0) / np.sin(a)
+
+    y, h = x / r, -angle / num_steps
+    for n in range(num_steps):
+        a = angle + n * h
+        k1 = slope(y, a)
+        k2 = slope(y + h / 2 * k1, a + h / 2)
+        k3 = slope(y + h / 2 * k2, a + h / 2)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(y + h * k3, a + h))
+    return y

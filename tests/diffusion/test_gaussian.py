@@ -107,7 +107,7 @@ def test_levels_of_a_sampler():
     np.testing.assert_allclose(levels.alpha[:-1] ** 2, bar[steps[::-1]], rtol=1e-5)
     np.testing.assert_allclose(levels.alpha**2 + levels.sigma**2, 1, rtol=1e-6)
     assert (levels.alpha[-1], levels.sigma[-1]) == (1, 0)
-    assert discrete_levels(zero_terminal_snr(betas)).unit[0] == 1  # a state without signal still has a unit
+    assert (discrete_levels(zero_terminal_snr(betas)).unit == 1).all()
     flow = flow_levels(np.array([1.0, 0.25, 0.0]))
     assert flow.alpha.tolist() == [0, 0.75, 1] and flow.sigma.tolist() == [1, 0.25, 0]
 
@@ -117,7 +117,7 @@ def test_levels_of_a_sampler():
     [
         (lambda: gaussian.expand(np.ones(2), X0), r"level of shape \(2,\) does not belong to .* \(3, 4\)"),
         (lambda: gaussian.to_x0_and_noise(X0[:2], X0, ALPHA, SIGMA, "noise"), r"shape of its input \(3, 4\), got"),
-        (lambda: discrete_levels(linear_betas(3), np.arange(2)), "one for each of the 3 betas, got 2"),
+        (lambda: discrete_levels(linear_betas(3, 0.1, 0.2), np.arange(2)), "one for each of the 3 betas, got 2"),
     ],
 )
 def test_bad_input_is_named(make, message):

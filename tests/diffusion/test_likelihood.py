@@ -140,3 +140,27 @@ def test_an_unknown_variance_is_named():
     level = Levels(*(np.float32(v) for v in (0, 0.6, 0.8, 0.6)))
     with pytest.raises(ValueError, match="variance must be small, large or learned, got 'tiny'"):
         likelihood.step_term(gaussian_denoiser, jnp.ones((1, 2)), jnp.ones((1, 2)), level, level, "tiny")
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_last_step_of_ddpms_code(variance):
+    """L_0 in float64 with its `model_log_variance` at step 0: `posterior_variance[1]`, whichever variance is fixed."""
+    betas = linear_betas(10, 0.01, 0.3)
+    bar = np.cumprod(1 - betas)
+    posterior_variance = betas * (1 - np.append(1.0, bar[:-1])) / (1 - bar)
+    rest = {"small": posterior_variance, "large": betas}[variance][1:]
+    model_variance = np.append(posterior_variance[1], rest)
+    x0, told = jnp.array([[0.3, -0.2, 0.9]]), jnp.array([[0.28, -0.1, 0.95]])
+
+    def last_terms(**options):
+        args = lambda x, level: Denoised(told, x), x0, discrete_levels(betas), jax.random.key(0)
+        return likelihood.bound(*args, variance=variance, **options).steps[:, 0]
+
+    default, theirs = last_terms(), last_terms(last_variance="posterior")
+    # q(x_0 | x_1, x_0) has all of its mass at x_0, so that the mean is what is told.
+    for found, std in ((theirs, np.sqrt(model_variance[0])), (default, np.sqrt(betas[0]))):
+        expected = -scipy.stats.norm(np.float64(told), std).logpdf(np.float64(x0)).sum()
+        assert float(found[-1]) == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_array_equal(default[:-1], theirs[:-1])
+    with pytest.raises(ValueError, match="last_variance must be beta or posterior, got 'first'"):
+        last_terms(last_variance="first")

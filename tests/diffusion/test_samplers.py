@@ -15,6 +15,8 @@ from sora_jax.diffusion.gaussian import Levels, discrete_levels, flow_levels
 from sora_jax.diffusion.samplers import DDIM, SAMPLERS, Ancestral, DPMSolver, Heun, UniPC, sample_chunk, start
 from sora_jax.diffusion.schedules import cosine_betas, flow_times, linear_betas, zero_terminal_snr
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 EVERY = {**SAMPLERS, "ddim, eta 1": DDIM(1.0), "ancestral, large": Ancestral("large")}
 
 

@@ -119,11 +119,12 @@ def test_unipc(monkeypatch):
 
 
 def test_heun():
-    """Their state is x / alpha, and a step of theirs is half of ours."""
+    """EDM's form: their state is x / alpha, and a step of theirs is half of ours."""
     scheduler = diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing="leading")
     scheduler.set_timesteps(NUM_STEPS)
     steps = scheduler.timesteps[::2].numpy()
     levels = levels_of(steps)
+    levels = levels._replace(unit=levels.alpha)
     x, states = torch.from_numpy(to_nchw(NOISE[0] / levels.alpha[0])), []
     for t in scheduler.timesteps:
         output = network(scheduler.scale_model_input(x, t), float(t), torch)

@@ -19,6 +19,42 @@ def test_ddpm_betas_leave_almost_nothing():
     assert 1e-5 < kl < 5e-5
 
 
+@pytest.mark.parametrize("num_steps", [21, 100, 500, 2000, 4000])
+def test_linear_betas_leave_as_little_whatever_the_number_of_steps(num_steps):
+    """The sum of betas, the integral that sets what is left, is that of 1000 steps; arXiv:2102.09672 has 4000."""
+    betas = schedules.linear_betas(num_steps)
+    assert betas.sum() == pytest.approx(schedules.linear_betas().sum())
+    assert schedules.alpha_bar(betas)[-1] < 5e-5
+    if num_steps == 4000:
+        np.testing.assert_allclose(betas[[0, -1]], [0.25e-4, 0.005])
+    assert schedules.linear_betas(num_steps, 0.1, 0.2)[[0, -1]].tolist() == [0.1, 0.2]
+
+
+def official_steps(num_steps, count):
+    """`space_timesteps` of improved-diffusion, guided-diffusion and DiT, for one section."""
+    frac_stride = 1 if count <= 1 else (num_steps - 1) / (count - 1)
+    cur_idx, taken = 0.0, []
+    for _ in range(count):
+        taken.append(round(cur_idx))
+        cur_idx += frac_stride
+    return taken
+
+
+def test_linspace_is_the_official_rule_to_the_step():
+    for count in range(1, 1001):
+        assert schedules.respaced_steps(1000, count, "linspace").tolist() == official_steps(1000, count), count
+    assert schedules.respaced_steps(4000, 334, "linspace").tolist() == official_steps(4000, 334)
+    # Ties go to the even step: 999 / 2 and half of that.
+    assert schedules.respaced_steps(1000, 3, "linspace").tolist() == [0, 500, 999]
+    assert schedules.respaced_steps(10, 3, "linspace").tolist() == [0, 4, 9]
+
+
+def test_leading_is_the_official_ddim_where_the_count_divides_the_steps():
+    for count in (10, 25, 50, 100, 250):
+        stride = next(i for i in range(1, 1000) if len(range(0, 1000, i)) == count)
+        assert schedules.respaced_steps(1000, count).tolist() == list(range(0, 1000, stride))
+
+
 def test_cosine_betas_follow_the_curve_until_they_are_cut():
     t, bar = np.arange(1, 1001) / 1000, schedules.alpha_bar(schedules.cosine_betas())
     curve = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
@@ -113,20 +149,24 @@ def test_a_step_seen_twice_in_a_batch_is_remembered_twice():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: schedules.linear_betas(20), "num_steps must be at least 21 .* got 20"),
         (lambda: schedules.linear_betas(0), "num_steps must be at least 1, got 0"),
         (lambda: schedules.linear_betas(3, 0.1, 1.5), r"betas must be in \(0, 1\], got betas\[2\] = 1.5"),
         (lambda: schedules.check_betas(np.array([0.1, np.nan])), r"betas\[1\] = nan"),
         (lambda: schedules.check_betas(np.array([])), "at least one number"),
         (lambda: schedules.respaced_steps(10, 11), "count must be between 1 and the process's 10 steps, got 11"),
         (lambda: schedules.respaced_steps(10, 2, "even"), "spacing must be leading, trailing or linspace, got 'even'"),
-        (lambda: schedules.respaced_betas(schedules.linear_betas(4), [0, 4]), r"within 0 ... 3, got \[0, 4\]"),
-        (lambda: schedules.respaced_betas(schedules.linear_betas(4), [2, 1]), "must increase strictly"),
+        (
+            lambda: schedules.respaced_betas(schedules.linear_betas(4, 0.1, 0.2), [0, 4]),
+            r"within 0 ... 3, got \[0, 4\]",
+        ),
+        (lambda: schedules.respaced_betas(schedules.linear_betas(4, 0.1, 0.2), [2, 1]), "must increase strictly"),
         (lambda: schedules.log_snr_betas(1, 4.0, -4.0), "num_steps must be at least 2, got 1"),
         (lambda: schedules.log_snr_betas(9, -4.0, 4.0), r"first above last, got -4\.0 and 4\.0"),
         (lambda: schedules.log_snr_betas(9, np.inf, 0.0), "finite log SNRs, first above last, got inf and 0"),
         (lambda: schedules.flow_times(0), "num_steps must be at least 1, got 0"),
         (lambda: schedules.flow_times(3, -1.0), r"shift must be positive, got -1\.0"),
-        (lambda: schedules.zero_terminal_snr(schedules.linear_betas(1)), "at least 2 steps"),
+        (lambda: schedules.zero_terminal_snr(schedules.linear_betas(1, 0.1, 0.1)), "at least 2 steps"),
         (lambda: schedules.resolution_shift(0, 4), "must be positive"),
     ],
 )

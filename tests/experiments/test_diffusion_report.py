@@ -131,7 +131,7 @@ def config():
     return DiffusionConfig(
         data={data},
         model=MultiscaleConfig(1, 2, width=4, num_layers=1, num_scales=1, num_bumps=4, num_steps=8),
-        process=GaussianConfig(num_levels=8, variance="learned", loss="hybrid", discrete={discrete}),
+        process=GaussianConfig(num_levels=8, schedule="cosine", variance="learned", loss="hybrid", discrete={discrete}),
         num_steps=2, log_every=2, eval_every=0, sample_every={sample_every}, num_held_out=5, num_samples=4,
     )
 """

@@ -118,7 +118,8 @@ def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
     arguments = [str(tmp_path / "large.py"), "--dry-run", "--json", str(tmp_path / "new" / "plan.json")]
     assert script.main(arguments) == 0
     plan = json.loads((tmp_path / "new" / "plan.json").read_text())
-    assert set(plan) == {"num_params", "tokens_per_step", "flops_per_step", "mesh"}
+    remat = {"flops_per_step", "flops_per_step_without_remat"}
+    assert set(plan) == {"num_params", "tokens_per_step", "mesh"} | remat
     assert 14.0e9 < plan["num_params"] < 14.6e9
     assert plan["tokens_per_step"] == 64 * 32768
     assert plan["mesh"] == {"data": 1, "fsdp": 32}
@@ -126,7 +127,9 @@ def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
     products = 6 * plan["num_params"] * plan["tokens_per_step"]
     attention = 12 * 40 * 5120 * 32768 * plan["tokens_per_step"]
     assert 0.9 < plan["flops_per_step"] / ((products + attention) * 4 / 3) < 1.2
-    assert "14," in capsys.readouterr().out
+    assert 0.9 < plan["flops_per_step_without_remat"] / (products + attention) < 1.2
+    shown = capsys.readouterr().out
+    assert "14," in shown and "FLOPs, remat full" in shown
 
 
 def test_a_config_file_must_have_a_function_config(script, capsys, tmp_path):

@@ -29,7 +29,9 @@ PIXELS = ClassConditionalConfig(
         image_size=(4, 4), patch_size=2, in_channels=3, width=12, depth=1, num_heads=2, mlp_dim=16, num_classes=3,
         frequency_dim=8, attention="xla",
     ),
-    process=GaussianConfig(num_levels=20, prediction="v", variance="learned", loss="hybrid", discrete=True),
+    process=GaussianConfig(
+        num_levels=20, schedule="cosine", prediction="v", variance="learned", loss="hybrid", discrete=True
+    ),
     sample=ClassSampleConfig(labels=(0, 2), columns=2, size=(4, 4), num_steps=4),
 )  # fmt: skip
 

@@ -235,6 +235,26 @@ def test_packed_outputs_and_gradients_equal_those_alone(name):
         np.testing.assert_allclose(flat_names(by_params)[key] / scale, summed / scale, atol=2e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", CONDITIONINGS)
+def test_padding_may_be_anything(name, poison):
+    """Patches, positions, timesteps and classes of images that are not there: bitwise the same as zeros."""
+    config, params = CONFIGS[name], random_params(name)
+    weight = np.random.default_rng(3).normal(size=(2, LENGTH, 2 * PATCH_DIM)).astype(np.float32) / LENGTH
+    clean, dirty = packed(IMAGES), packed(IMAGES, poison)
+    dirty[4][clean[4] == -1] = 99
+    found, expected = (outputs_and_gradients(config, params, row, weight) for row in (dirty, clean))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_an_image_without_a_timestep_is_not_silent():
+    config, params = CONFIGS["adaln_zero"], random_params("adaln_zero")
+    patches, positions, ids, timesteps, labels = packed(IMAGES)
+    for few in (2, 1):
+        out = forward(config, params, patches, positions, ids, timesteps[:, :few], labels[:, :few])
+        assert np.isnan(out[ids > few]).all() and np.isfinite(out[ids <= few]).all()
+
+
 def test_a_row_is_the_whole_image_in_any_order():
     """Tokens carry their places, so that the order of a row means nothing; on_images is rows of one image."""
     x = np.random.default_rng(4).normal(size=(1, 4, 6, 3)).astype(np.float32)

@@ -106,6 +106,22 @@ def test_packed_equals_alone(name):
             assert not np.asarray(single[0, 1:]).any()
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", ["both", "blockwise"])
+def test_padding_may_be_anything(name, poison):
+    weights = np.array([[0.3, -0.7, 1.1, 0.5]], np.float32)
+    clean, dirty = packed(IMAGES[:3]), packed(IMAGES[:3], poison)
+    jax.tree.map(np.testing.assert_array_equal, *(forward(name, PARAMS[name], row) for row in (dirty, clean)))
+    found, expected = (gradients(name, PARAMS[name], row, weights) for row in (dirty, clean))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_an_image_beyond_the_models_segments_is_not_silent():
+    patches, positions, ids = packed(IMAGES)
+    out = forward("both", PARAMS["both"], (patches, positions, np.where(ids == 2, SEGMENTS + 1, ids)))
+    assert np.isnan(out.features[0, 0]).all() and np.isnan(out.logits[0, 0]).all()
+
+
 @pytest.mark.parametrize("name", ["both", "blockwise"])
 def test_packed_gradients_equal_the_sum_of_those_alone(name):
     weights = np.array([[0.3, -0.7, 1.1, 0.5]], np.float32)

@@ -98,6 +98,39 @@ def test_packed_outputs_equal_those_alone(name):
     assert not out[0, 28:].any()
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30, 50.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_may_be_anything(name, poison):
+    """Patches, positions, captions and levels that no token has: bitwise the same as zeros, gradients too."""
+    (clean, levels), (dirty, other_levels) = (packed(CLIPS, TIMES, row_length=40, poison=p) for p in (0.0, poison))
+    dirty = dirty._replace(level_ids=np.where(dirty.segment_ids == 0, 99, dirty.level_ids))
+    out = forward(name, PARAMS, clean, levels)
+    np.testing.assert_array_equal(forward(name, PARAMS, dirty, other_levels), out)
+    weight = np.cos(np.arange(out.size, dtype=np.float32)).reshape(out.shape)
+    found, expected = (
+        gradients(name, PARAMS, dirty, other_levels, weight),
+        gradients(name, PARAMS, clean, levels, weight),
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_row_may_have_fewer_levels_than_clips():
+    """All clips at one level, of a table of one: what they get from a table with a column for each."""
+    batch, levels = packed(CLIPS, [0.7] * 4, row_length=40)
+    batch = batch._replace(level_ids=np.where(batch.level_ids % 2, 0, batch.level_ids))  # what is known has it too
+    one = batch._replace(level_ids=np.zeros_like(batch.level_ids))
+    expected = forward("xla", PARAMS, batch, levels)
+    np.testing.assert_allclose(forward("xla", PARAMS, one, levels[:, :1]), expected, atol=1e-5)
+
+
+def test_a_token_of_a_level_that_the_table_lacks_is_not_silent():
+    batch, levels = packed(CLIPS, TIMES, row_length=40)
+    out = np.asarray(forward("xla", PARAMS, batch, levels[:, :2]))[0]
+    known = (batch.segment_ids[0] == 0) | (batch.level_ids[0] < 2)
+    assert known.any() and np.isfinite(out[known]).all()
+    assert np.isnan(out[~known]).all()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_gradients_equal_the_sum_of_those_alone(name):
     rng = np.random.default_rng(3)

@@ -30,7 +30,7 @@ from sora_jax.training.tasks.make import make_task
 DIGITS = DiffusionConfig(
     data=StillsConfig(batch_size=8, size=4),
     model=MultiscaleConfig(1, 2, width=8, num_layers=1, num_scales=1, num_bumps=4, num_steps=10),
-    process=GaussianConfig(num_levels=10, variance="learned", loss="hybrid", discrete=True),
+    process=GaussianConfig(num_levels=10, schedule="cosine", variance="learned", loss="hybrid", discrete=True),
     optimizer=tiny_run.CONFIG.optimizer,
     num_steps=6,
 )

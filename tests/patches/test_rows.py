@@ -65,5 +65,8 @@ def test_means_of_segments_by_eye():
 
 def test_extents_of_segments_by_eye():
     positions = np.array([[[0, 0], [0, 2], [1, 1], [4, 0], [9, 9]]], np.float32)
-    extent = segment_extent(positions, np.array([[1, 1, 1, 2, 0]]), 3)
+    extent = segment_extent(positions, np.array([[1, 1, 1, 2, 0]]))
     np.testing.assert_array_equal(extent, [[[2, 3], [2, 3], [2, 3], [5, 1], [1, 1]]])
+    # No row of five tokens holds more than five segments.
+    extent = segment_extent(positions, np.array([[5, 5, 1, 6, 0]]))
+    np.testing.assert_array_equal(extent, [[[1, 3], [1, 3], [2, 2], [np.nan, np.nan], [1, 1]]])

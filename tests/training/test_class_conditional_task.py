@@ -30,7 +30,7 @@ CONFIG = ClassConditionalConfig(
         image_size=(4, 4), patch_size=2, in_channels=1, width=12, depth=1, num_heads=2, mlp_dim=16, num_classes=3,
         frequency_dim=8, attention="xla",
     ),
-    process=GaussianConfig(num_levels=20, variance="learned", loss="hybrid", discrete=True),
+    process=GaussianConfig(num_levels=20, schedule="cosine", variance="learned", loss="hybrid", discrete=True),
     sample=ClassSampleConfig(labels=(0, 2), columns=2, size=(4, 6), num_steps=4),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     num_steps=6, log_every=2, eval_every=3, eval_batches=2, save_every=100, sample_every=0,

@@ -52,7 +52,7 @@ DIGITS = dataclasses.replace(
     ROLL,
     data=StillsConfig(batch_size=8, size=4),
     model=UNetConfig(1, 2, width=4, multipliers=(1,), num_blocks=1, attention_levels=(), num_groups=2, dropout=0.3),
-    process=GaussianConfig(num_levels=20, variance="learned", loss="hybrid", discrete=True),
+    process=GaussianConfig(num_levels=20, schedule="cosine", variance="learned", loss="hybrid", discrete=True),
 )
 
 
@@ -284,7 +284,7 @@ def test_config_round_trips_through_json(config):
             "MLPConfig.num_steps must be the 21 of process.num_levels, got 20",
         ),
         (
-            lambda: dataclasses.replace(BEATS, process=GaussianConfig(num_levels=20)),
+            lambda: dataclasses.replace(BEATS, process=GaussianConfig(num_levels=30)),
             "process must be a BinomialConfig for bits and a GaussianConfig for numbers",
         ),
     ],

@@ -31,6 +31,7 @@ from sora_jax.diffusion.samplers import denoiser
 from sora_jax.models import dit
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.dit import DiT, DiTConfig, split_output
+from sora_jax.patches.segments import without_padding
 from sora_jax.training import streams
 from sora_jax.training.flops import count_flops
 from sora_jax.training.tasks.diffusion import GaussianConfig
@@ -177,6 +178,7 @@ class ClassConditionalTask:
         """
         process = self.config.process
         real = batch.segment_ids > 0
+        batch = batch._replace(patches=without_padding(batch.patches, batch.segment_ids))
         index = process.num_levels - 1 - steps
         of_token = jnp.take_along_axis(index, jnp.maximum(batch.segment_ids - 1, 0), axis=1)  # (B, L)
         now, to = (Levels(*(jnp.asarray(a)[i].reshape(-1) for a in self._levels)) for i in (of_token, of_token + 1))

@@ -7,8 +7,11 @@ Each example of a batch of n draws a step of its own, spread evenly over the bat
 and the loss is, averaged over examples,
 
 (2)  `simple`  the squared error of the prediction, averaged over values               arXiv:2006.11239, Eq. 14
-(3)  `hybrid`  (2) plus 0.001 T times the bound's term, for the variance alone          arXiv:2102.09672, Eq. 16
+(3)  `hybrid`  (2) plus 0.001 T times the bound's term, in nats, for the variance alone arXiv:2102.09672, Eq. 16
 (4)  `bound`   L_T + T L_t, in nats, whose mean over steps is the bound itself          arXiv:1503.03585, Eq. 13
+
+The paper does not say the unit of (3); improved DDPM's code takes bits, which is 1 / log 2 = 1.44 times as much, and so
+does DiT's task. Nats stay here, so that a run means what it did.
 """
 
 from __future__ import annotations
@@ -52,12 +55,15 @@ class GaussianConfig:
 
     Attributes:
         num_levels: steps of the process, T.
-        schedule: of the betas: `linear` (DDPM), `cosine`, or `log_snr`, evenly spaced in log(alpha^2 / sigma^2).
+        schedule: of the betas: `linear` (DDPM's, scaled by 1000 / num_levels), `cosine`, or `log_snr`, evenly spaced in
+            log(alpha^2 / sigma^2).
         log_snr_range: lowest and highest of `log_snr`.
         learn_betas: train the betas from the schedule on, all but the first (arXiv:1503.03585, section 2.4.1); needs
             the loss `bound`.
         prediction: what the network predicts.
         variance: of the reverse steps, `small`, `large` or `learned` between them.
+        last_variance: of the last step in the bound, where the variance is not learned: `beta`, or `posterior` as in
+            the code of DDPM (see `sora_jax.diffusion.likelihood.bound`).
         loss: equation 2, 3 or 4.
         discrete: values are 8-bit and lie in [-1, 1]: L_0 is a mass, and x_0 is clipped to that range.
     """
@@ -68,11 +74,14 @@ class GaussianConfig:
     learn_betas: bool = False
     prediction: Literal["noise", "x0", "v"] = "noise"
     variance: Literal["small", "large", "learned"] = "small"
+    last_variance: Literal["beta", "posterior"] = "beta"
     loss: Literal["simple", "hybrid", "bound"] = "simple"
     discrete: bool = False
 
     def __post_init__(self) -> None:
         check(self.num_levels >= 2, self, "num_levels", "at least 2")
+        few = self.schedule == "linear" and self.num_levels < 21
+        check(not few, self, "num_levels", "at least 21 for the schedule 'linear'")
         low, high = self.log_snr_range
         check(-30 <= low < high <= 30, self, "log_snr_range", "(lowest, highest) with -30 <= lowest < highest <= 30")
         learns = self.variance == "learned"
@@ -258,7 +267,7 @@ class GaussianTask(DiffusionTask):
         log_ab = jnp.append(jnp.cumsum(jnp.log1p(-betas))[::-1], 0.0)
         alpha, sigma = jnp.exp(log_ab / 2), jnp.sqrt(-jnp.expm1(log_ab))
         times = np.append(np.arange(len(self._betas))[::-1], 0).astype(np.float32)
-        return Levels(times, alpha, sigma, alpha)
+        return Levels(times, alpha, sigma, jnp.ones_like(alpha))
 
     def denoise(self, params: PyTree, dropout: jax.Array | None = None, clip: bool = True) -> Denoise:
         """Returns the denoise function of parameters.
@@ -296,7 +305,7 @@ class GaussianTask(DiffusionTask):
                 error = hybrid_error(denoise, batch, noise, now, to, share, process.discrete, floor, process.prediction)
                 error = error.reshape(len(batch), -1).mean(axis=1)
             else:
-                floor = floor if process.variance == "learned" else None
+                floor = floor if process.variance == "learned" or process.last_variance == "posterior" else None
                 terms, _ = likelihood.step_term(
                     denoise, batch, noise, now, to, process.variance, process.discrete, floor
                 )
@@ -309,8 +318,9 @@ class GaussianTask(DiffusionTask):
         """Returns the terms of the bound of each example, in nats."""
         process = self.config.process
         return likelihood.bound(
-            self.denoise(params), x0, self.levels(params), key, variance=process.variance, discrete=process.discrete
-        )
+            self.denoise(params), x0, self.levels(params), key, variance=process.variance, discrete=process.discrete,
+            last_variance=process.last_variance,
+        )  # fmt: skip
 
 
 class BinomialTask(DiffusionTask):

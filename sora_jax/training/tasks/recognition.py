@@ -25,7 +25,7 @@ from sora_jax.models.navit import ContrastiveHead, NaViT, NaViTConfig, NaViTOutp
 from sora_jax.models.vit import ViT, ViTConfig
 from sora_jax.models.vivit import ViViT, ViViTConfig
 from sora_jax.patches.patchify import num_tokens, unpatchify
-from sora_jax.patches.segments import segment_one_hot
+from sora_jax.patches.segments import segment_one_hot, without_padding
 from sora_jax.training.contrastive import classification_loss, contrastive_loss
 from sora_jax.training.flops import count_flops
 from sora_jax.training.tasks.task import Loss, Metrics, packed_batch
@@ -178,6 +178,7 @@ class RecognitionTask:
 
     def outputs(self, params: PyTree, batch: PackedBatch) -> NaViTOutput:
         """Returns what the network says of each segment; of ViT and ViViT, features are logits."""
+        batch = batch._replace(patches=without_padding(batch.patches, batch.segment_ids))
         if isinstance(self.model, NaViT):
             variables = {"params": params}
             return self.model.apply(variables, batch.patches, batch.positions, batch.segment_ids, batch.extents)
