@@ -139,7 +139,7 @@ def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
 
 def test_a_prompt_beyond_the_text_budget_is_cut_with_a_warning(checkpoint, tmp_path):
     options = generate.GenerateOptions(prompt=("frog " * 20,), output=str(tmp_path), checkpoint=checkpoint)
-    with pytest.warns(UserWarning, match="cut to max_tokens = 8"):
+    with pytest.warns(UserWarning, match="the caption is cut to 8 tokens .the longest has 22.: 'frog frog"):
         generate.main(options)
 
 
