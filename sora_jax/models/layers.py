@@ -114,23 +114,11 @@ def group_norm(*, name: str, num_groups: int, eps: float, zero: bool = False) ->
     )
 
 
-class CentredLayerNorm(nn.LayerNorm):
-    """Flax's layer norm, of what is centred before.
-
-    Its variance E[x^2] - E[x]^2 cancels where a token's mean is large. Of centred values it does not, and what rounding
-    left of the mean goes with it. That costs what Flax's other form of the variance does, which keeps that rest.
-    """
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Returns (..., D), of the module's dtype."""
-        x = x.astype(jnp.float32)
-        return super().__call__(x - x.mean(axis=-1, keepdims=True))
-
-
 def layer_norm(*, name: str, eps: float, affine: bool) -> nn.LayerNorm:
     """Returns a layer norm over the width, computed in float32."""
-    return CentredLayerNorm(
+    return nn.LayerNorm(
         epsilon=eps,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where a token's mean is large
         dtype=jnp.float32,
         use_bias=affine,
         use_scale=affine,

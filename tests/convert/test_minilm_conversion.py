@@ -158,7 +158,8 @@ def test_command_writes_an_encoder(source, tmp_path, command, capsys):
     assert {"LICENSE", "NOTICE", "model.safetensors"} <= sizes.keys() and "model.safetensors" in capsys.readouterr().out
     encoder = load_text_encoder(output)
     states = encoder.encode(["frog"], 8)[0]
-    expected = numpy_bert(random_state(BERT), BERT, Tokenizer.from_file(str(output / "tokenizer.json")).encode("frog").ids)
+    token_ids = Tokenizer.from_file(str(output / "tokenizer.json")).encode("frog").ids
+    expected = numpy_bert(random_state(BERT), BERT, token_ids)
     cosines = (states * expected).sum(-1) / np.linalg.norm(states, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert cosines.min() > 0.99
 

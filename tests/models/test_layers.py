@@ -14,12 +14,13 @@ def moments(x, axes):
     return x.mean(axes, keepdims=True), x.std(axes, keepdims=True)
 
 
-@pytest.mark.parametrize("mean", [0, 100, -3000])
-def test_a_large_mean_does_not_cancel_in_a_layer_norm(mean):
+@pytest.mark.parametrize(("mean", "tolerance"), [(0, 1e-6), (100, 2e-5), (-3000, 6e-4)])
+def test_a_large_mean_does_not_cancel_in_a_layer_norm(mean, tolerance):
+    """What stays is the rounding of the mean itself: a few units in the last place of float32."""
     x = np.float32(X + mean)
     got = layer_norm(name="norm", eps=1e-6, affine=False).apply({}, x)
     centre, spread = moments(np.float64(x), -1)
-    np.testing.assert_allclose(got, (x - centre) / np.sqrt(spread**2 + 1e-6), atol=1e-6)
+    np.testing.assert_allclose(got, (x - centre) / np.sqrt(spread**2 + 1e-6), atol=tolerance)
 
 
 def test_a_large_mean_does_not_cancel_in_a_group_norm():
