@@ -1,7 +1,7 @@
 """From what a model makes to pixels: clipped, rounded, and refused where it is not finite.
 
-A cast to uint8 takes NaN for a number (0 on most machines), so a sample that diverged would be a black picture. Values
-that are finite are clipped, however large: samplers overshoot, and the nearest pixel is what such a value means.
+A cast to uint8 takes NaN for a number (0 on most machines), so a sample that diverged would be a black picture. Other
+values are clipped: samplers overshoot, and the nearest pixel is what such a value means.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ def to_pixels(values: Float[np.ndarray, "*shape"], what: str = "the samples") ->
 
 
 def check_steps(first_bad: NumpyArray, names: list[str], num_steps: int, advice: str) -> None:
-    """Raises where samples became NaN or infinite on their way.
+    """Raises where samples diverged on their way.
 
     Args:
-        first_bad: (N,), of each sample the step, counted from 0, after which it was not finite; -1 for never.
+        first_bad: (N,), of each sample the step, counted from 0, after which it had diverged; -1 for never (see
+            `sora_jax.diffusion.samplers.State`).
         names: N, what messages call the samples.
         num_steps: of the sampler.
         advice: what to change.
 
     Raises:
-        FloatingPointError: a sample that was not; the message names the first of them, its step and their number.
+        FloatingPointError: a sample that did; the message names the first of them, its step and their number.
     """
     bad = np.flatnonzero(first_bad >= 0)
     if len(bad):
         raise FloatingPointError(
-            f"the samples are not finite: {names[bad[0]]} is NaN or infinite from step {first_bad[bad[0]] + 1} of "
-            f"{num_steps} on ({len(bad)} of {len(names)} samples are); {advice}."
+            f"the samples are not finite: {names[bad[0]]} is NaN or beyond 1e19 from step "
+            f"{first_bad[bad[0]] + 1} of {num_steps} on ({len(bad)} of {len(names)} samples are); {advice}."
         )

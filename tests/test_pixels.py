@@ -20,7 +20,7 @@ def test_what_is_not_finite_is_refused(value):
 
 def test_the_first_bad_sample_and_its_step_are_named():
     check_steps(np.array([-1, -1]), ["a", "b"], 4, "advice")
-    words = "the samples are not finite: c is NaN or infinite from step 1 of 4 on (2 of 4 samples are); do this."
+    words = "the samples are not finite: c is NaN or beyond 1e19 from step 1 of 4 on (2 of 4 samples are); do this."
     with pytest.raises(FloatingPointError) as error:
         check_steps(np.array([-1, -1, 0, 3]), ["a", "b", "c", "d"], 4, "do this")
     assert str(error.value) == words

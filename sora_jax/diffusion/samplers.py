@@ -249,8 +249,9 @@ class State(NamedTuple):
         x: the state.
         memory: of the sampler.
         index: () int32, steps made.
-        first_bad: int32, of each cell (x without its last axis) the step, counted from 0, after which a value of it was
-            first not finite; -1 where all are.
+        first_bad: int32, of each cell (x without its last axis) the step, counted from 0, after which the square of a
+            value of it was first not finite, so a value NaN, infinite or beyond 1.8e19; -1 where none was. Norms take
+            squares: of larger values a network makes finite numbers that mean nothing.
     """
 
     x: Array
@@ -296,7 +297,7 @@ def sample_chunk(
         fresh = noise(state.index) if sampler.stochastic else None
         x, memory = sampler.step(denoise, state.x, state.memory, now, to, state.index, fresh)
         x = _moved(state.x, x, now, to)
-        bad = (state.first_bad < 0) & ~jnp.isfinite(x).all(-1)
+        bad = (state.first_bad < 0) & ~jnp.isfinite(jnp.square(x)).all(-1)
         return State(x, memory, state.index + 1, jnp.where(bad, state.index, state.first_bad)), None
 
     pairs = Levels(*(a[:-1] for a in levels)), Levels(*(a[1:] for a in levels))
@@ -320,7 +321,7 @@ def sample(
         progress: called with the steps done, at first 0, once they are.
 
     Returns:
-        The state at the last level; `first_bad` says whether its x is finite.
+        The state at the last level; `first_bad` says whether it diverged.
     """
     num_steps = len(levels.sigma) - 1
     length = next(n for n in range(min(longest_chunk, num_steps), 0, -1) if num_steps % n == 0)

@@ -84,7 +84,8 @@ RUNS = {
     ),
     "study": DiffusionConfig(
         data=SwissRollConfig(batch_size=8), model=MLPConfig(out_channels=4, width=16, depth=1, num_steps=20),
-        process=GaussianConfig(num_levels=20, variance="learned", loss="bound"), sample_every=0, **RUN,
+        process=GaussianConfig(num_levels=20, schedule="cosine", variance="learned", loss="bound"),
+        sample_every=0, **RUN,
     ),
 }  # fmt: skip
 

@@ -103,14 +103,10 @@ def test_samples_that_are_not_finite_are_refused_by_class_and_step(sampler):
     params = random_params()
     params["label_embedding"][3] = np.nan
     broken = ClassConditionalSampler(CONFIG, params, devices=jax.devices()[:1])
-    words = (
-        r"finite: sample 8 \(class 3\) is NaN or infinite from step 1 of 6 on \(1 of 3 samples are\); the model itself"
-    )
+    words = r"finite: sample 8 \(class 3\) is NaN or beyond 1e19 from step 1 of 6 on \(1 of 3 samples are\); the model"
     with pytest.raises(FloatingPointError, match=words):
         broken([1, 3, 4], indices=[7, 8, 9], num_steps=6, guidance_scale=1.0)
-    words = (
-        r"sample 0 \(class 1\) is NaN or infinite from step 2 of 6 on \(2 of 2 samples are\); a smaller guidance_scale"
-    )
+    words = r"sample 0 \(class 1\) is NaN or beyond 1e19 from step 1 of 6 on \(2 of 2 samples are\); a smaller"
     with pytest.raises(FloatingPointError, match=words):
         sampler([1, 3], num_steps=6, guidance_scale=1e30)
 
