@@ -72,7 +72,7 @@ def loss_and_gradient(name):
     return functools.partial(jax.jit(jax.value_and_grad(total, has_aux=True)), params)
 
 
-FAST = ("sora", "dit", "navit", "contrastive")
+FAST = ("sora", "navit")
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
