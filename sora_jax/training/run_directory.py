@@ -153,7 +153,10 @@ def read_data(directory: epath.PathLike) -> dict[str, str]:
             return fingerprints
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise ValueError(f"{path} is damaged; remove it, and the run takes the fingerprints of the data that it is given.")
+    raise ValueError(
+        f"{path} is damaged: restore it, or remove it where the data is surely the run's own, whose "
+        "fingerprints are then recorded anew."
+    )
 
 
 def write_data(directory: epath.PathLike, fingerprints: Mapping[str, str]) -> None:
@@ -198,11 +201,12 @@ def check_data(
             "--workdir."
         )
     fingerprints = ", ".join(f"{split} {fingerprint}" for split, fingerprint in found.items())
-    moved = f"the data has moved from {before} to {path}"
     if not recorded:
-        first = f"{moved}, and " if path != before else ""
-        return [f"{first}the run recorded no fingerprint of its data; from now on it is that of {path}: {fingerprints}"]
-    return [f"{moved}: the same by its fingerprints ({fingerprints})"] if path != before else []
+        moved = f"data.path was {before}, and whether {path} holds the same cannot be told: " if path != before else ""
+        return [f"{moved}the run recorded no fingerprint of its data; from now on it is that of {path}: {fingerprints}"]
+    if path == before:
+        return []
+    return [f"the data has moved from {before} to {path}: the same by its fingerprints ({fingerprints})"]
 
 
 def done_step(directory: epath.PathLike) -> int | None:

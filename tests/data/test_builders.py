@@ -395,6 +395,7 @@ def test_training_keeps_a_caption(tmp_path):
     ("line", "file", "reason"),
     [
         (b"{", None, "not JSON: Expecting property name"),
+        (b"[" * 100_000, None, "not JSON that can be read: nested too deep"),
         (b'{"file": "b.png", "caption": "caf\xe9"}', None, "not UTF-8: byte 33 of the line"),
         (b"[]", None, "bad line: captions.jsonl, line 2: expected an object"),
         (b'{"file": 3, "caption": "x"}', None, "bad line: captions.jsonl, line 2: file must be a string, got 3"),

@@ -170,13 +170,16 @@ def test_a_finished_run_tells_where_its_data_is_now(straight, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(straight[1], workdir)
     assert on("first", straight, workdir, {"train": "a1"}) is Outcome.ALREADY_FINISHED
-    assert "the data has moved from  to first, and the run recorded no fingerprint" in capsys.readouterr().err
+    assert (
+        "data.path was , and whether first holds the same cannot be told: the run recorded no fingerprint"
+        in capsys.readouterr().err
+    )
     assert on("second", straight, workdir, {"train": "a1"}, log_every=3) is Outcome.ALREADY_FINISHED
     assert "moved from first to second: the same by its fingerprints (train a1)" in capsys.readouterr().err
     kept = load_model(workdir)[0]
     assert (kept.data.path, kept.log_every) == ("second", 1)
     (workdir / "data.json").write_text('{"fingerprints": ["a1"]}')
-    with pytest.raises(ValueError, match=r"data\.json is damaged; remove it, and the run takes the fingerprints"):
+    with pytest.raises(ValueError, match=r"data\.json is damaged: restore it, or remove it where"):
         on("second", straight, workdir, {"train": "a1"})
 
 

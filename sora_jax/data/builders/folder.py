@@ -68,6 +68,8 @@ def read_manifest(path: epath.Path) -> tuple[list[dict[str, str]], list[dict[str
             _check_entry(entry)
         except UnicodeDecodeError as error:
             skipped.append({"file": place, "reason": f"not UTF-8: byte {error.start} of the line: {error.reason}"})
+        except RecursionError:
+            skipped.append({"file": place, "reason": "not JSON that can be read: nested too deep"})
         except json.JSONDecodeError as error:
             skipped.append({"file": place, "reason": f"not JSON: {error.msg}, column {error.colno}"})
         except ValueError as error:

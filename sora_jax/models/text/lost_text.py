@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 MOST_TOLD = 5  # captions that are shown of those that lose something
@@ -29,18 +28,19 @@ def describe_cut(lengths: Mapping[str, int], num_captions: int, max_tokens: int,
 
 
 def describe_unknown(characters: Mapping[str, Sequence[str]], num_captions: int, encoder: str) -> str:
-    """Says which characters of which captions are unknown to an encoder.
+    """Says what of which captions is unknown to an encoder.
 
     Args:
-        characters: unknown ones of each caption that has any.
+        characters: unknown ones of each caption that has any, and words that are too long to be looked up.
         num_captions: that were read, these among them.
         encoder: its name.
     """
     distinct = list(dict.fromkeys(c for some in characters.values() for c in some))
-    shown = ", ".join(map(repr, distinct[:MOST_CHARACTERS])) + (", ..." if len(distinct) > MOST_CHARACTERS else "")
+    shown = ", ".join(repr(_short(c)) for c in distinct[:MOST_CHARACTERS])
+    shown += ", ..." if len(distinct) > MOST_CHARACTERS else ""
     return (
-        f"{_count(len(characters), num_captions)} read with words left out that the text encoder {encoder} does not "
-        f"know, for their characters {shown}: {_examples(list(characters))}."
+        f"{_count(len(characters), num_captions)} read with words left out for what the text encoder {encoder} does "
+        f"not know, {shown}: {_examples(list(characters))}."
     )
 
 
@@ -53,8 +53,15 @@ def _count(some: int, num_captions: int) -> str:
 
 def _examples(captions: Sequence[str]) -> str:
     """Returns the first few captions, in quotes, long ones shortened."""
-    shown = [
-        textwrap.shorten(caption, SHOWN_LENGTH, placeholder="...") or caption[:SHOWN_LENGTH]
-        for caption in captions[:MOST_TOLD]
-    ]
-    return ", ".join(map(repr, shown)) + (", ..." if len(captions) > MOST_TOLD else "")
+    shown = [repr(_short(caption)) for caption in captions[:MOST_TOLD]]
+    return ", ".join(shown) + (", ..." if len(captions) > MOST_TOLD else "")
+
+
+def _short(text: str) -> str:
+    """Returns a text of one line, its end left out where it is long, at a word where that keeps most of it."""
+    text = " ".join(text.split()) or text
+    if len(text) <= SHOWN_LENGTH:
+        return text
+    start = text[: SHOWN_LENGTH - 3]
+    end = start.rfind(" ")
+    return f"{start[:end] if end > SHOWN_LENGTH // 2 else start}..."
