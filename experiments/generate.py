@@ -169,9 +169,11 @@ def generate_classes(options: GenerateOptions) -> None:
         video_io.check_writable("--json", options.json)
     sampler = ClassConditionalSampler.from_pretrained(options.checkpoint, options.vae)
     num_classes = sampler.config.num_classes
-    if bad := [label for label in options.class_labels if not 0 <= label < num_classes]:  # the null class is no label
+    # The null class, of which no image is meant to be seen, is none of them.
+    if bad := [label for label in options.class_labels if not 0 <= label < num_classes]:
+        most = num_classes - 1
         raise ValueError(
-            f"--class-labels must be between 0 and {num_classes - 1}, of the model's {num_classes} classes, got {bad[0]}."
+            f"--class-labels must be between 0 and {most}, the model's {num_classes} classes, got {bad[0]}."
         )
     size = tuple(
         given[0] if given else side
