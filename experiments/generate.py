@@ -33,7 +33,7 @@ class GenerateOptions:
     take one value, or one for each prompt.
 
     Attributes:
-        class_labels: instead of prompts, the classes of a DiT's images, one each.
+        class_labels: instead of prompts, the classes of a DiT's images, one each: 0 to its number of classes - 1.
         prompt: what a clip shows; may be given several times. An empty one gives an unconditional clip.
         prompts_file: a text file with a prompt on each line, after those of `--prompt`; empty lines are left out.
         num_frames: frames; 1 is a picture.
@@ -168,6 +168,13 @@ def generate_classes(options: GenerateOptions) -> None:
     if options.json is not None:
         video_io.check_writable("--json", options.json)
     sampler = ClassConditionalSampler.from_pretrained(options.checkpoint, options.vae)
+    num_classes = sampler.config.num_classes
+    # The null class, of which no image is meant to be seen, is none of them.
+    if bad := [label for label in options.class_labels if not 0 <= label < num_classes]:
+        most = num_classes - 1
+        raise ValueError(
+            f"--class-labels must be between 0 and {most}, the model's {num_classes} classes, got {bad[0]}."
+        )
     size = tuple(
         given[0] if given else side
         for given, side in zip((options.height, options.width), sampler.image_size, strict=True)

@@ -3,8 +3,8 @@
 A checkpoint is a tree: training scripts store `{"model": ..., "ema": ..., "opt": ...}` or `{"state_dict": ...}`,
 wrappers put `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` or a name of their own before every name,
 and a whole module may be stored. What is looked for is a dict of tensors in which, behind some prefix, stand names that
-the network is known by. Averaged weights (EMA) are taken first, then what stands highest, then first; what an optimizer
-remembers is never taken.
+the network is known by. Averaged weights (EMA) are taken first, then what stands highest, then what is called a model;
+what an optimizer remembers is never taken. Where two differ and nothing tells which is meant, neither is taken.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _DEEPEST = 6  # dicts inside of dicts that are looked into
 # What torch.compile, FSDP and activation checkpointing put into names, wherever the module that they wrap stands.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = {"ema", "averaged", "shadow", "swa"}
+_OF_MODELS = {"model", "module", "net", "network", "params", "state", "weights"}
 _OF_OPTIMIZERS = {"exp", "grad", "grads", "momentum", "opt", "optim", "optimizer"}
 
 
@@ -41,6 +42,16 @@ class _Found(NamedTuple):
         """Whether its path or prefix says that the weights are averages."""
         return bool(_AVERAGED & _words(*self.path, self.prefix))
 
+    @property
+    def called_model(self) -> bool:
+        """Whether its path or prefix says that this is the model."""
+        return bool(_OF_MODELS & _words(*self.path, self.prefix))
+
+    @property
+    def arrays(self) -> dict[str, NumpyArray]:
+        """The tensors alone."""
+        return {name: value for name, value in self.tensors.items() if isinstance(value, np.ndarray)}
+
     def __str__(self) -> str:
         where = f"{'/'.join(self.path)!r}" if self.path else "the file itself"
         return f"{where}, behind the prefix {self.prefix!r}" if self.prefix else where
@@ -49,38 +60,51 @@ class _Found(NamedTuple):
 def find_tensors(values: Any, marks: Sequence[str]) -> dict[str, NumpyArray]:
     """Returns the tensors of a network by the names that its own state dict has.
 
-    What was taken out of a wrapper is logged.
+    What was taken out of a wrapper is logged. An average must have every tensor that the weights beside it have, or a
+    network of fewer blocks might be made of it. Only integers it may lack (`num_batches_tracked`, `position_ids`): they
+    are counts and indices, which are not averaged. A network that is whole in the average may stand beside others.
 
     Args:
         values: what a file holds, as `read_torch` returns it, or tensors by name.
         marks: names of tensors by one of which the network is known.
 
     Raises:
-        ValueError: no tensors at all, or one among those taken that is of a kind that is not read, named.
+        ValueError: no tensors at all; one among those taken that is of a kind that is not read, or of a dtype that
+            weights have not; several networks of which none is the likeliest; or an average that lacks tensors. They
+            are named.
     """
     try:
         dicts = list(_dicts(values, (), set()))
     except RecursionError as error:
         raise ValueError("its objects lie too deep inside of each other.") from error
-    dicts = [(path, tensors) for path, tensors in dicts if not _OF_OPTIMIZERS & _words(*path)]
-    found = [found for path, tensors in dicts for found in _behind_prefixes(path, tensors, marks)]
-    if not found:  # for the message that says which tensors are missing
-        found = [_Found(path, "", tensors) for path, tensors in dicts]
-        found.sort(key=lambda f: -len(f.tensors))
-    if not found:
-        shown = f" with {next(iter(values))!r}" if isinstance(values, dict) and values else ""
-        raise ValueError(f"expected a state dict (names to tensors), got {_kind(values)}{shown}.")
-    taken = min(found, key=lambda f: (not f.averaged, len(f.path), bool(f.prefix)))
+    kept = [(path, tensors) for path, tensors in dicts if not _OF_OPTIMIZERS & _words(*path)]
+    found = [found for path, tensors in kept for found in _behind_prefixes(path, tensors, marks)]
+    if found:
+        taken = _likeliest([*_averages_without_mark(kept, found), *found])
+    elif kept:  # for the message that says which tensors are missing
+        taken = min((_Found(path, "", tensors) for path, tensors in kept), key=lambda f: (_rank(f), -len(f.tensors)))
+    elif dicts:
+        raise ValueError(f"it holds no tensors but those of an optimizer, {'/'.join(dicts[0][0])!r}.")
+    else:
+        raise _no_tensors(values)
     for name, value in taken.tensors.items():
         if isinstance(value, Stranger) and ("_rebuild_" in value.name or value.name.endswith("Storage")):
-            raise ValueError(f"{name} is {value}, a kind of tensor that is not read.")
+            raise _unread(name, value)
         if np.iscomplexobj(value):
             raise ValueError(f"{name} has complex numbers, which no network here has.")
+        if name.rpartition(".")[2] in ("weight", "bias"):
+            check_real(name, value)
     if taken.path or taken.prefix:
         others = [str(f) for f in found if f is not taken]
         also = f" (not {', '.join(others)})" if others else ""
         _LOGGER.info("the weights are those of %s%s.", taken, also)
-    return {name: value for name, value in taken.tensors.items() if isinstance(value, np.ndarray)}
+    return taken.arrays
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raises ValueError where the tensor `name` holds integers or booleans, which weights are not."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iub":
+        raise ValueError(f"{name} has dtype {value.dtype}; weights must be of a floating-point one, not quantised.")
 
 
 def missing(kind: str, names: Sequence[str], state: Collection[str]) -> ValueError:
@@ -129,6 +153,107 @@ def check_size(kind: str, depth: int, state: Collection[str]) -> None:
     """Raises ValueError where a config asks for more blocks than a file has tensors."""
     if depth > len(state):
         raise ValueError(f"{kind}: the config has {depth} blocks and the file {len(state)} tensors.")
+
+
+def _rank(found: _Found) -> tuple[bool, int, bool]:
+    """Returns what is smallest for the likeliest weights."""
+    return not found.averaged, len(found.path), bool(found.prefix)
+
+
+def _likeliest(found: Sequence[_Found]) -> _Found:
+    """Returns the weights that are meant; raises ValueError where that cannot be told, or where they are not whole."""
+    best = min(map(_rank, found))
+    alike = [f for f in found if _rank(f) == best]
+    called = [f for f in alike if f.called_model]
+    if not best[0] or len(called) != 1:
+        called = alike
+    taken = called[0]
+    for other in called[1:]:
+        if not _equal(taken.arrays, other.arrays):
+            raise ValueError(
+                f"it holds several networks, {taken} and {other}, and nothing tells which is meant: save one alone."
+            )
+    if not taken.averaged:
+        return taken
+    lacking = {}
+    for index, other in enumerate(found):
+        if other.averaged:
+            continue
+        # What stands behind a longer prefix of the same dict is another network.
+        inner = tuple(
+            f.prefix[len(other.prefix) :]
+            for f in found
+            if f.path == other.path and f.prefix != other.prefix and f.prefix.startswith(other.prefix)
+        )
+        lacking[index] = [
+            name
+            for name, value in other.arrays.items()
+            if name not in taken.tensors and value.dtype.kind not in "iub" and not name.startswith(inner)
+        ]
+    if lacking and all(lacking.values()):  # whatever else is there, it is not the average of less
+        index, names = min(lacking.items(), key=lambda item: len(item[1]))
+        raise ValueError(
+            f"the average, {taken}, lacks {names[0]}{_more(names)}, which {found[index]} has: save the one that is "
+            "meant alone."
+        )
+    return taken
+
+
+def _averages_without_mark(
+    dicts: Sequence[tuple[tuple[str, ...], dict[str, Any]]], found: Sequence[_Found]
+) -> Iterator[_Found]:
+    """Yields averages that are known by half of the tensors of what was found and not by a mark, which they lack."""
+    known = max((f.arrays.keys() for f in found), key=len)
+    for path, tensors in dicts:
+        if not _AVERAGED & _words(*path) or any(f.path == path for f in found):
+            continue
+        behind = list(_behind_prefixes(path, tensors, tuple(known)))
+        if behind and 2 * len(known & (part := min(behind, key=lambda f: len(f.prefix))).tensors.keys()) >= len(known):
+            yield part
+
+
+def _equal(one: Mapping[str, NumpyArray], other: Mapping[str, NumpyArray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(value, other[name]) for name, value in one.items())
+
+
+def _no_tensors(values: Any) -> ValueError:
+    """Returns the error of what has no tensors by name."""
+    for path, value in _leaves(values, (), set()):
+        where = "/".join(path)
+        if isinstance(value, np.ndarray):
+            at = f" (those at {where!r})" if where else ""
+            return ValueError(f"its tensors have no names{at}: expected a state dict (names to tensors).")
+        if "_rebuild_" in value.name:
+            return _unread(where or "it", value)
+    shown = f" with {next(iter(values))!r}" if isinstance(values, dict) and values else ""
+    return ValueError(f"expected a state dict (names to tensors), got {_kind(values)}{shown}: it holds no tensors.")
+
+
+def _leaves(values: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields tensors and strangers with their paths, which are the list's of a tensor in a list."""
+    if id(values) in seen or len(path) > _DEEPEST:
+        return
+    seen.add(id(values))
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, (*path, str(name)), seen)
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            if isinstance(value, np.ndarray):
+                yield path, value
+            else:
+                yield from _leaves(value, (*path, str(index)), seen)
+    elif isinstance(values, np.ndarray | Stranger):
+        yield path, values
+        if isinstance(values, Stranger):
+            yield from _leaves([values.state, values.items], path, seen)
+
+
+def _unread(name: str, value: Stranger) -> ValueError:
+    """Returns the error of a tensor that stayed a stranger."""
+    if "_rebuild_meta_tensor" in value.name:
+        return ValueError(f"{name} has no values: its tensors hold no data (device meta).")
+    return ValueError(f"{name} is {value}, a kind of tensor that is not read.")
 
 
 def _more(names: Sequence[str]) -> str:

@@ -261,4 +261,5 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, size: int) -> np
     if last >= len(storage) or math.prod(shape) > max(size, len(storage)):
         raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {len(storage)} values.")
     steps = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
+    # Not by as_strided, which knows no dtype of 8 bits that is of ml_dtypes.
+    return np.ndarray(shape, storage.dtype, storage.view(np.uint8), offset * storage.itemsize, steps)

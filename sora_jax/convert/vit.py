@@ -23,7 +23,7 @@ from flax import traverse_util
 
 from sora_jax.array_types import NumpyArray, PyTree
 from sora_jax.config_json import to_json
-from sora_jax.convert.state_dict import check_depth, check_size, missing, unknown
+from sora_jax.convert.state_dict import check_depth, check_real, check_size, missing, unknown
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, flat_group_norms, npz_stem, timm_to_npz
 from sora_jax.convert.weight_files import find_weights, read_npz, read_options, read_weights
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params
@@ -112,6 +112,7 @@ def gather_tensors(
             value = state[key]
             if value.shape != source.shape:
                 raise ValueError(f"{kind}: {key} must be {source.shape}, got {value.shape}.")
+            check_real(f"{kind}: {key}", value)
             part, count = source.part
             value = np.split(value, count)[part].astype(np.float32)
             if not np.isfinite(value).all():

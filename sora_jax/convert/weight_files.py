@@ -57,15 +57,20 @@ def read_weights(source: epath.PathLike, kind: str, marks: Sequence[str], folder
     path = find_weights(source, kind, folder)
     values: dict[str, Any] = {}
     parts = _parts(path)
-    for part in parts:
+    for part, names in parts.items():
         found = read_file(part)
-        if len(parts) == 1:
+        if len(parts) == 1 and not names:
             values = found
             break
         try:
             found = find_tensors(found, ())
         except ValueError as error:
             raise ValueError(f"{part} cannot be converted: {error}") from error
+        if lacking := [name for name in names if name not in found]:
+            more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            raise ValueError(
+                f"{path} cannot be converted: {part.name} lacks {lacking[0]}{more}, which it says is there."
+            )
         if twice := sorted(values.keys() & found.keys()):
             raise ValueError(f"{part} cannot be converted: another part of {path.name} has {twice[0]} too.")
         values |= found
@@ -196,13 +201,16 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     return values
 
 
-def _parts(path: epath.Path) -> list[epath.Path]:
+def _parts(path: epath.Path) -> dict[epath.Path, list[str]]:
     """Returns the files of an index, or all parts of which `path` is one; `path` where it is whole.
+
+    Each comes with the names of the tensors that an index says it has.
 
     Raises:
         FileNotFoundError: parts that are missing.
         ValueError: an index that is none.
     """
+    files: Any = {}
     if path.suffix == ".json":
         try:
             files = _read_json(path).get("weight_map")
@@ -217,11 +225,14 @@ def _parts(path: epath.Path) -> list[epath.Path]:
         numbers, count = match.span("part"), int(match["parts"])
         names = [f"{path.name[: numbers[0]]}{n:05d}{path.name[numbers[1] :]}" for n in range(1, min(count, 9999) + 1)]
     else:
-        return [path]
+        return {path: []}
     if lacking := [name for name in names if not (path.parent / name).is_file()]:
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
         raise FileNotFoundError(f"{path} is of {len(names)} files, of which {lacking[0]}{more} is missing.")
-    return [path.parent / name for name in names]
+    parts: dict[epath.Path, list[str]] = {path.parent / name: [] for name in names}
+    for tensor, name in files.items():
+        parts[path.parent / name].append(tensor)
+    return parts
 
 
 def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NumpyArray:

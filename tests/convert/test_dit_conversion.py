@@ -291,13 +291,27 @@ def test_every_way_to_store_the_official_layout_gives_the_same_files(tmp_path):
     assert convert_dit(write(tmp_path / "b.pt", wrapped), 2) == expected
     (tmp_path / "c.safetensors").write_bytes(safetensors.numpy.save(official()))
     assert convert_dit(tmp_path / "c.safetensors", 2) == expected
-    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in official().items()}
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_few_bits_are_converted_as_they_are(tmp_path, dtype):
+    few = {name: value.astype(dtype) for name, value in official().items()}
     (tmp_path / "d").mkdir()
-    write_files(tmp_path / "d", convert_dit(write(tmp_path / "half.pt", half), 2))
+    write_files(tmp_path / "d", convert_dit(write(tmp_path / "few.pt", few), 2))
     _, params = load_dit(tmp_path / "d")
     np.testing.assert_array_equal(
-        params["label_embedding"], half["y_embedder.embedding_table.weight"].astype(np.float32)
+        params["label_embedding"], few["y_embedder.embedding_table.weight"].astype(np.float32)
     )
+    few["pos_embed"] = few["pos_embed"][:, ::-1]
+    with pytest.raises(ValueError, match="pos_embed is not the fixed embedding of a grid of 4 x 4"):
+        convert_dit(write(tmp_path / "few.pt", few), 2)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.mlp.fc1.weight", "x_embedder.proj.bias"])
+def test_integers_are_no_weights(tmp_path, name):
+    state = official() | {name: np.zeros_like(official()[name], np.int64)}
+    with pytest.raises(ValueError, match=rf"whole\.pt cannot be converted: .*{name} has dtype int64; weights must be"):
+        convert_dit(write(tmp_path / "whole.pt", state), 2)
 
 
 def write(path, values):

@@ -17,6 +17,7 @@ from sora_jax.convert.weight_files import find_weights, read_npz, read_weights
 STATE = {"embed.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "head.bias": np.array([7, 8], np.float32)}
 OTHER = {name: value + 100 for name, value in STATE.items()}
 MARKS = ("embed.weight",)
+PARTS = [dict([item]) for item in STATE.items()]
 
 
 def behind(prefix, state=STATE):
@@ -83,12 +84,88 @@ def test_what_was_taken_is_said(caplog):
     assert caplog.messages == ["the weights are those of 'ema', behind the prefix 'module.' (not 'model')."]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"a": OTHER, "b": STATE}, "several networks, 'a' and 'b', and nothing tells"),
+        ([OTHER, STATE], "several networks, '0' and '1', and nothing"),
+        (behind("student.") | behind("teacher.", OTHER), "prefix 'student.' and .* prefix 'teacher.', and nothing"),
+        ({"ema_0.99": OTHER, "ema_0.9": STATE}, "several networks, 'ema_0.99' and 'ema_0.9', and nothing"),
+        ({"model": OTHER, "state_dict": STATE}, "several networks, 'model' and 'state_dict', and nothing"),
+    ],
+)
+def test_networks_of_which_none_is_likelier_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        find_tensors(values, MARKS)
+
+
+def test_networks_that_are_equal_or_called_so_are_taken():
+    copied = {name: value.copy() for name, value in STATE.items()}
+    for values in ({"a": STATE, "b": copied}, {"a": OTHER, "model": STATE}, {"a": OTHER, "ema": STATE, "b": OTHER}):
+        for key, value in find_tensors(values, MARKS).items():
+            np.testing.assert_array_equal(value, STATE[key])
+
+
+DEEP = {f"blocks.{n}.weight": np.full(2, n, np.float32) for n in range(3)} | STATE
+SHALLOW = {name: value for name, value in DEEP.items() if name[:8] not in ("blocks.1", "blocks.2")}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": DEEP, "ema": SHALLOW}, "average, 'ema', lacks blocks.1.weight (and 1 more), which 'model' has"),
+        ({"ema": behind("module.", SHALLOW), "net": DEEP}, "prefix 'module.', lacks blocks.1.weight (and 1 more)"),
+        (DEEP | behind("ema.", SHALLOW), "'ema.', lacks blocks.1.weight (and 1 more), which the file itself"),
+        ({"model": DEEP, "ema": {k: DEEP[k] for k in DEEP if k not in MARKS}}, "lacks embed.weight, which 'model' has"),
+    ],
+)  # fmt: skip
+def test_an_average_of_a_part_is_refused(values, words):
+    with pytest.raises(ValueError) as error:
+        find_tensors(values, MARKS)
+    assert words in str(error.value)
+
+
+def test_what_an_average_need_not_have():
+    count = {"norm.num_batches_tracked": np.array(3)}
+    larger = DEEP | {"blocks.3.weight": np.zeros(2, np.float32)}
+    for values in (
+        {"model": DEEP | count, "ema": DEEP},
+        {"model": DEEP, "ema": DEEP, "teacher": larger},
+        {"model": DEEP, "ema": {"decay": np.ones(1, np.float32)}},
+        DEEP | behind("ema.", DEEP),
+    ):
+        assert DEEP.keys() <= find_tensors(values, MARKS).keys() <= DEEP.keys() | {f"ema.{name}" for name in DEEP}
+
+
+META = Raw(b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n)R")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "got dict: it holds no tensors"),
+        ({"state_dict": {}}, "got dict with 'state_dict': it holds no tensors"),
+        ({"shadow_params": list(STATE.values())}, r"its tensors have no names \(those at 'shadow_params'\)"),
+        ({"embed.weight": META}, r"embed\.weight has no values: its tensors hold no data \(device meta\)"),
+        ({"model": {"a": META}}, r"model/a has no values: its tensors hold no data \(device meta\)"),
+        (STATE | {"a": META}, r"a has no values: its tensors hold no data \(device meta\)"),
+        ({"optimizer": STATE}, "holds no tensors but those of an optimizer, 'optimizer'"),
+        ({"head.bias": np.arange(2)} | PARTS[0], "head.bias has dtype int64; weights must be of a floating-point one"),
+    ],
+)
+def test_what_holds_no_weights_is_said(values, words):
+    with pytest.raises(ValueError, match=words):
+        find_tensors(read_torch_of(values), MARKS)
+
+
 def test_a_name_that_only_ends_like_one_is_no_prefix():
     state = behind("", STATE) | {"aux_embed.weight": np.zeros(1)}
     assert find_tensors(state, MARKS).keys() == state.keys()
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+)
 def test_dtypes_stay(tmp_path, dtype):
     (tmp_path / "a.pt").write_bytes(torch_bytes({"ema": {name: v.astype(dtype) for name, v in STATE.items()}}))
     found = read_weights(tmp_path / "a.pt", "net", MARKS).tensors
@@ -122,9 +199,6 @@ def write(path, state):
     path.write_bytes(data)
 
 
-PARTS = [dict([item]) for item in STATE.items()]
-
-
 @pytest.mark.parametrize(
     ("files", "index"),
     [
@@ -153,6 +227,22 @@ def test_weights_in_parts(tmp_path, files, index):
     for source in sources:
         with pytest.raises(FileNotFoundError, match=rf"is of 2 files, of which {files[1]} is missing"):
             read_weights(source, "net", MARKS)
+
+
+@pytest.mark.parametrize("files", [["a.safetensors", "b.safetensors"], ["a.safetensors", "a.safetensors"]])
+def test_what_an_index_says_and_its_file_lacks_is_named(tmp_path, files):
+    for name in set(files):
+        part = {key: STATE[key] for key, file in zip(STATE, files, strict=True) if file == name}
+        write(tmp_path / name, part)
+    index = tmp_path / "model.safetensors.index.json"
+    places = dict(zip(STATE, files, strict=True))
+    index.write_text(json.dumps({"weight_map": places}))
+    assert read_weights(index, "net", MARKS).tensors.keys() == STATE.keys()
+    index.write_text(json.dumps({"weight_map": places | {"block.weight": files[0]}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json cannot be converted: a\.safetensors lacks block\.weight, which it"
+    ):
+        read_weights(index, "net", MARKS)
 
 
 def test_what_a_directory_is_taken_for(tmp_path):

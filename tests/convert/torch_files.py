@@ -56,20 +56,22 @@ def opcodes(value, storages):
         state = b"" if value.state is None else opcodes(value.state, storages) + b"b"
         return global_(value.name) + b")\x81" + items(value.items or {}, storages) + state
     if isinstance(value, np.ndarray):
-        storage = b"(" + text("storage") + global_(f"torch.{STORAGES[str(value.dtype)]}Storage")
-        storage += text(str(len(storages))) + text("cpu") + integer(value.size) + b"tQ"
+        untyped = value.dtype.name not in STORAGES  # the tensor names its dtype itself
+        storage = b"(" + text("storage") + global_(f"torch.{STORAGES.get(value.dtype.name, 'storage.Untyped')}Storage")
+        storage += text(str(len(storages))) + text("cpu") + integer(value.nbytes if untyped else value.size) + b"tQ"
         storages.append(np.ascontiguousarray(value))
         strides = (int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim))
         rows = [b"(" + b"".join(map(integer, row)) + b"t" for row in (value.shape, strides)]
         ordered = global_("collections.OrderedDict") + b")R"
         return (
-            global_("torch._utils._rebuild_tensor_v2")
+            global_("torch._utils._rebuild_tensor_v3" if untyped else "torch._utils._rebuild_tensor_v2")
             + b"("
             + storage
             + integer(0)
             + b"".join(rows)
             + b"\x89"
             + ordered
+            + (global_(f"torch.{value.dtype.name}") + b"}" if untyped else b"")
             + b"tR"
         )
     if isinstance(value, dict):

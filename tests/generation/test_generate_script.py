@@ -73,7 +73,7 @@ def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
     output = tmp_path / "out"
     generate.main(
         generate.GenerateOptions(
-            class_labels=(3, 0, 3),
+            class_labels=(4, 0, 4),
             checkpoint=str(write_latent_model(tmp_path / "dit")),
             vae=str(write_autoencoder(tmp_path / "vae")),
             height=(16,),
@@ -85,12 +85,12 @@ def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
             json=tmp_path / "report.json",
         )
     )
-    names = ["000-class-3.png", "001-class-0.png", "002-class-3.png", "sheet.png"]
+    names = ["000-class-4.png", "001-class-0.png", "002-class-4.png", "sheet.png"]
     assert sorted(path.name for path in output.iterdir()) == names
     images = [np.asarray(Image.open(output / name)) for name in names[:3]]
     assert all(image.shape == (16, 12, 3) for image in images) and (images[0] != images[2]).any()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [image["label"] for image in report["images"]] == [3, 0, 3]
+    assert [image["label"] for image in report["images"]] == [4, 0, 4]
     assert report["guidance_scale"] == 4 and report["guided_channels"] is None and report["sampler"] == "euler"
     printed = capsys.readouterr().out
     assert all(str(output / name) in printed for name in names)
@@ -105,7 +105,8 @@ def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
         (dict(height=(4, 8)), "--class-labels are drawn at one size"),
         (dict(guided_channels=-1), r"--guided-channels must be 0 \(all\) or more, got -1"),
         (dict(height=(5,)), r"positive multiples of 2 pixels, got \(5, 4\)"),
-        (dict(class_labels=(4,)), r"labels must be .* between 0 and 3, got \[4\]"),
+        (dict(class_labels=(0, 3)), "--class-labels must be between 0 and 2, the model's 3 classes, got 3"),  # null
+        (dict(class_labels=(-1,)), "--class-labels must be between 0 and 2, the model's 3 classes, got -1"),
         (dict(num_steps=21), "count must be between 1 and the process's 20 steps, got 21"),
     ],
 )
