@@ -56,7 +56,7 @@ def open_media(
 def _check_container(path: str) -> None:
     """Raises UnreadableClipError for what FFmpeg reads although it is no video."""
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             kind = container.format.name
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -302,7 +302,7 @@ def _promised_ends(container: Any, stream: Any) -> tuple[float | None, float | N
     if stream.duration and stream.time_base:
         stream_end = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     else:
-        stream_end = parse_clock(stream.metadata.get("DURATION", ""))  # Matroska and WebM
+        stream_end = parse_clock(tag(stream, "duration"))  # Matroska and WebM
     if container.duration and container.duration > 0:
         file_end = container.duration / 1e6
         if stream_end is None and len(container.streams) == 1:
@@ -310,6 +310,11 @@ def _promised_ends(container: Any, stream: Any) -> tuple[float | None, float | N
         file_end += max(0, container.start_time or 0) / 1e6
     ends = [end for end in (stream_end, file_end) if end is not None and end > 0]
     return (stream_end if stream_end and stream_end > 0 else None), max(ends, default=None)
+
+
+def tag(stream: Any, name: str) -> str:
+    """Returns a tag of a stream of PyAV, "" where it has none; muxers differ in the case of its name, given lower."""
+    return next((value for key, value in stream.metadata.items() if key.lower() == name), "")
 
 
 def parse_clock(text: str) -> float | None:

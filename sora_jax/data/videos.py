@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args
 import av
 import av.filter
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.video_color import to_picture
-from sora_jax.data.video_time import Packets, Schedule, lay_out, plan
+from sora_jax.data.video_time import Packets, Schedule, lay_out, plan, tag
 
 Interlaced = Literal["deinterlace", "keep", "skip"]
 """What is done with interlaced video."""
@@ -173,7 +174,7 @@ def _upright_frames(
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Yields the decoded frames of a stream, with their alpha where it has some."""
     decoder = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
+    if tag(stream, "alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
         decoder = av.CodecContext.create(_DECODERS_WITH_ALPHA[decoder.name], "r")
     decoder.thread_type = "AUTO"
     decoder.options = _BOUNDS
@@ -230,7 +231,7 @@ def _pull(graph: Any) -> Iterator[Any]:
 
 def display_matrix(frame: Any) -> tuple[int, ...] | None:
     """Returns the nine numbers of a frame's display matrix (ISO/IEC 14496-12, 8.3.2), None where it has none."""
-    for data in frame.side_data:
+    for data in SideDataContainer(frame):  # `frame.side_data` would make a cycle of references
         if data.type.name == "DISPLAYMATRIX":
             return tuple(np.frombuffer(bytes(data), np.int32)[:9].tolist())
     return None

