@@ -18,7 +18,7 @@ from PIL import Image
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.video_color import to_picture
-from sora_jax.data.video_time import Packets, Schedule, lay_out, plan, tag
+from sora_jax.data.video_time import Packets, Schedule, lay_out, plan, shown_in_turn, tag
 
 Interlaced = Literal["deinterlace", "keep", "skip"]
 """What is done with interlaced video."""
@@ -110,13 +110,13 @@ def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
     streams = [s for s in container.streams.video if not s.disposition & _NOT_THE_VIDEO]
     if not streams:
         raise UnreadableClipError("holds no video stream")
-    packets = {stream.index: Packets() for stream in streams}
+    packets = {stream.index: Packets(shown_in_turn(container)) for stream in streams}
     damaged, count = set(), 0
     for packet in container.demux(streams):
         count += 1
         if count > num_bytes:
             raise UnreadableClipError("is damaged: its header names more frames than it has bytes")
-        if packet.size:
+        if packet.size or packet.pts is not None or packet.dts is not None:  # the end of a stream has none of these
             packets[packet.stream_index].add(packet)
         if packet.is_corrupt:
             damaged.add(packet.stream_index)
@@ -172,18 +172,32 @@ def _upright_frames(
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Yields the decoded frames of a stream, with their alpha where it has some."""
+    """Yields the decoded frames of a stream at their presentation times, with their alpha where it has some."""
     decoder = stream.codec_context
     if tag(stream, "alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
         decoder = av.CodecContext.create(_DECODERS_WITH_ALPHA[decoder.name], "r")
-    decoder.thread_type = "AUTO"
+    in_turn = shown_in_turn(container)
+    # A frame names the packet that let it out only where frames are not decoded side by side.
+    decoder.thread_type = "SLICE" if in_turn and decoder.has_b_frames else "AUTO"
     decoder.options = _BOUNDS
-    for packet in container.demux(stream):
+    for packet in _decodable(container.demux(stream)):
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
                 raise UnreadableClipError("is damaged: the decoder had to conceal a part of a frame")
             _check_size(frame.width, frame.height)
+            if in_turn:
+                frame.pts = frame.dts
             yield frame
+
+
+def _decodable(packets: Iterator[Any]) -> Iterator[Any]:
+    """Yields packets without the empty ones, which decoders refuse, except for the last, which ends the stream."""
+    packet = None
+    for packet in packets:
+        if packet.size:
+            yield packet
+    if packet is not None and not packet.size:
+        yield packet
 
 
 def _deinterlaced(frames: Iterator[Any], interlaced: Interlaced, note: Callable[[str], None]) -> Iterator[Any]:

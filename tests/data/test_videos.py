@@ -153,6 +153,46 @@ def test_pictures_are_shown_at_their_times(tmp_path, suffix, times, last, fps, s
     np.testing.assert_allclose(frames.mean((1, 2, 3)), levels[shown], atol=1.5)
 
 
+@pytest.mark.parametrize("suffix", ["avi", "wmv"])
+@pytest.mark.parametrize(
+    ("codec", "options"), [("libx264", {}), ("libx264", {"bf": "0"}), ("mpeg4", {"bf": "2", "b": "4000000"})]
+)
+def test_containers_without_presentation_times(tmp_path, suffix, codec, options):
+    """Pictures come in their order, and a pause stands on the right one, with B-frames and without them."""
+    levels = 8 * np.arange(30)
+    kept = [*range(5), *range(20, 30)]
+    pictures = greys(levels[kept], 64, 64)
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, pictures, [100 * i for i in kept], rate=10, codec=codec, form="yuv420p", **options)
+    frames, fps = decode_video(str(path))
+    assert fps == pytest.approx(10)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), levels[[*range(5), *15 * [4], *range(20, 30)]], atol=3)
+
+
+@pytest.mark.parametrize("shown", ["abbbbc", "aaaaaa", "abcc", "aabbbc"])
+def test_an_empty_packet_shows_the_picture_again(tmp_path, shown):
+    """As in Theora: a picture that equals the one before it has a packet of no bytes."""
+    path = tmp_path / "a.nut"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for i, (name, before) in enumerate(zip(shown, " " + shown, strict=False)):
+            packet = av.Packet(b"")
+            packet.stream, packet.time_base = stream, Fraction(1, 10)
+            if name != before:
+                picture = np.full((32, 48, 3), 80 * "abc".index(name), np.uint8)
+                (packet,) = stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            packet.pts = packet.dts = i
+            packet.duration = 1
+            container.mux(packet)
+    with av.open(str(path)) as container:
+        sizes = [packet.size for packet in container.demux(video=0)][:-1]
+    assert [size == 0 for size in sizes] == [a == b for a, b in zip(shown, " " + shown, strict=False)]
+    frames, fps = decode_video(str(path))
+    assert fps == 10
+    assert frames[:, 0, 0, 0].tolist() == [80 * "abc".index(name) for name in shown]
+
+
 def test_a_jittery_camera_keeps_its_rate(tmp_path):
     """Each picture lies within a few milliseconds of thirty a second: none is lost or repeated."""
     jitter = np.random.default_rng(0).normal(0, 3, 60)
@@ -181,6 +221,16 @@ def test_streams_without_a_container(tmp_path, suffix):
     path = write_video(tmp_path / f"a.{suffix}", pictures, rate=25, codec=name, form=form, **options)
     frames, fps = decode_video(str(path))
     assert fps == 25
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), range(0, 240, 24), atol=4)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_the_rate_that_a_bare_stream_names_does_not_repeat_its_last_picture(tmp_path, codec):
+    """It is laid out at the reader's 25 frames a second, whatever its pictures' durations."""
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = tmp_path / f"a.{'h264' if codec == 'libx264' else 'hevc'}"
+    write_video(path, greys(range(0, 240, 24), 64, 96), rate=5, codec=codec, form="yuv420p", **options)
+    frames, _ = decode_video(str(path))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), range(0, 240, 24), atol=4)
 
 
