@@ -49,7 +49,10 @@ def decode_video(path: str, interlaced: Interlaced = "deinterlace") -> tuple[Num
 
 
 def iterate_video(
-    path: str, interlaced: Interlaced = "deinterlace", note: Callable[[str], None] = lambda kind: None
+    path: str,
+    interlaced: Interlaced = "deinterlace",
+    note: Callable[[str], None] = lambda kind: None,
+    container_format: str | None = None,
 ) -> tuple[float, Iterator[Image.Image]]:
     """Opens a video and decodes it frame by frame, so that its length does not bound the memory.
 
@@ -68,6 +71,7 @@ def iterate_video(
             have the file refused.
         note: called, perhaps more than once, with what was done to the pictures: a conversion of colours,
             "deinterlaced" or "interlaced, kept so".
+        container_format: FFmpeg's name of the file's format, None to find it by content and name.
 
     Returns:
         The rate in frames a second and an iterator over RGB pictures of one size.
@@ -80,12 +84,12 @@ def iterate_video(
     """
     if interlaced not in get_args(Interlaced):
         raise ValueError(f"interlaced must be one of {', '.join(get_args(Interlaced))}, got {interlaced!r}.")
-    with _open(path) as container, _named("cannot be read"):
+    with _open(path, container_format) as container, _named("cannot be read"):
         index, packets = _choose(container, os.path.getsize(path))
         stream = container.streams[index]
         _check_size(stream.codec_context.width, stream.codec_context.height)
         schedule = plan(path, container, stream, packets)
-    return schedule.fps, _pictures(path, index, schedule, interlaced, note)
+    return schedule.fps, _pictures(path, container_format, index, schedule, interlaced, note)
 
 
 @contextlib.contextmanager
@@ -99,10 +103,10 @@ def _named(what: str) -> Iterator[None]:
         raise UnreadableClipError(f"{what}: {error}") from error
 
 
-def _open(path: str) -> Any:
+def _open(path: str, container_format: str | None) -> Any:
     """Opens a file with PyAV."""
     with _named("not a video that can be read"):
-        return av.open(path, metadata_errors="replace", options=_BOUNDS)
+        return av.open(path, format=container_format, metadata_errors="replace", options=_BOUNDS)
 
 
 def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
@@ -143,10 +147,15 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _pictures(
-    path: str, index: int, schedule: Schedule, interlaced: Interlaced, note: Callable[[str], None]
+    path: str,
+    container_format: str | None,
+    index: int,
+    schedule: Schedule,
+    interlaced: Interlaced,
+    note: Callable[[str], None],
 ) -> Iterator[Image.Image]:
     """Yields the pictures of `iterate_video`."""
-    with _open(path) as container:
+    with _open(path, container_format) as container:
         stream = container.streams[index]
         frames = _deinterlaced(_frames(container, stream), interlaced, note)
         yield from lay_out(_upright_frames(frames, stream.sample_aspect_ratio, note), schedule)
