@@ -94,6 +94,8 @@ class Schedule:
         num_pictures: packets, each of which holds a picture at most.
         end: time in seconds until which the last picture stands by the header, None where it says nothing reliable.
         held: time in seconds until which empty packets hold the last picture.
+        in_file_order: the times ascend in the order of the file although the pictures may not, as a copy of AVI makes
+            them: the first picture has the first time, and so on.
     """
 
     fps: float
@@ -101,6 +103,7 @@ class Schedule:
     num_pictures: int
     end: float | None = None
     held: float = -math.inf
+    in_file_order: bool = False
 
 
 def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
@@ -143,7 +146,15 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
     end, start = last + max(packets.last[1], 1 / fps), min(stretch[0] for stretch in times)
     if promised is not None and not whole and end - start < _LEAST_SHARE * (promised - max(start, 0.0)):
         raise UnreadableClipError(f"is truncated: {end - start:.2f} of {promised:.2f} seconds are there")
-    return Schedule(fps, True, count, promised if whole else None, end if packets.repeats else -math.inf)
+    reorders = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+    return Schedule(
+        fps,
+        True,
+        count,
+        end=promised if whole else None,
+        held=end if packets.repeats else -math.inf,
+        in_file_order=reorders and all(a < b for a, b in itertools.pairwise(packets.shown)),
+    )
 
 
 def frame_rate(times: Sequence[Sequence[float]], duration: float, nominal: Sequence[float]) -> float:

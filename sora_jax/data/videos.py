@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import os
@@ -157,7 +158,7 @@ def _pictures(
     """Yields the pictures of `iterate_video`."""
     with _open(path, container_format) as container:
         stream = container.streams[index]
-        frames = _deinterlaced(_frames(container, stream), interlaced, note)
+        frames = _deinterlaced(_frames(container, stream, schedule.in_file_order), interlaced, note)
         yield from lay_out(_upright_frames(frames, stream.sample_aspect_ratio, note), schedule)
 
 
@@ -180,7 +181,7 @@ def _upright_frames(
         yield None if frame.time is None else float(frame.time), duration, picture
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
+def _frames(container: Any, stream: Any, in_file_order: bool) -> Iterator[Any]:
     """Yields the decoded frames of a stream at their presentation times, with their alpha where it has some."""
     decoder = stream.codec_context
     if tag(stream, "alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
@@ -189,13 +190,18 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
     # A frame names the packet that let it out only where frames are not decoded side by side.
     decoder.thread_type = "SLICE" if in_turn and decoder.has_b_frames else "AUTO"
     decoder.options = _BOUNDS
+    times: collections.deque[int] = collections.deque()
     for packet in _decodable(container.demux(stream)):
+        if in_file_order and packet.size and not packet.is_discard:
+            times.append(packet.pts)
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
                 raise UnreadableClipError("is damaged: the decoder had to conceal a part of a frame")
             _check_size(frame.width, frame.height)
             if in_turn:
                 frame.pts = frame.dts
+            elif in_file_order:
+                frame.pts = times.popleft() if times else None
             yield frame
 
 

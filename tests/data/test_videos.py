@@ -169,6 +169,26 @@ def test_containers_without_presentation_times(tmp_path, suffix, codec, options)
     np.testing.assert_allclose(frames.mean((1, 2, 3)), levels[[*range(5), *15 * [4], *range(20, 30)]], atol=3)
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_a_copy_of_avi_keeps_the_order_of_its_pictures(tmp_path, suffix):
+    """FFmpeg's copy gives the packets ascending times in the order of the file, B-frames or not."""
+    levels = 8 * np.arange(30)
+    path = write_video(tmp_path / "a.avi", greys(levels, 64, 64), codec="libx264", form="yuv420p")
+    copy = tmp_path / f"b.{suffix}"
+    with av.open(str(path)) as source, av.open(str(copy), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts = stream, packet.dts
+                target.mux(packet)
+    with av.open(str(copy)) as container:
+        order = [frame.pts for frame in container.decode(video=0)]
+    assert order != sorted(order)
+    frames, fps = decode_video(str(copy))
+    assert fps == pytest.approx(10)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), levels, atol=3)
+
+
 @pytest.mark.parametrize("shown", ["abbbbc", "aaaaaa", "abcc", "aabbbc"])
 def test_an_empty_packet_shows_the_picture_again(tmp_path, shown):
     """As in Theora: a picture that equals the one before it has a packet of no bytes."""
