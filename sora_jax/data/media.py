@@ -11,6 +11,7 @@ from PIL import Image
 
 from sora_jax.data.errors import UnreadableClipError
 from sora_jax.data.picture_files import is_picture
+from sora_jax.data.picture_sequences import sequence_format
 from sora_jax.data.pictures import open_animation
 from sora_jax.data.videos import iterate_video
 
@@ -26,8 +27,8 @@ def open_media(
 ) -> tuple[float, Iterator[Image.Image]]:
     """Opens a file as a clip.
 
-    What Pillow knows by its content is a picture or an animation (`picture_files`), whatever the name; anything else is
-    tried as a video.
+    What Pillow knows by its content is a picture or an animation (`picture_files`), whatever the name, unless it is a
+    video of pictures one straight after the other (`picture_sequences`); anything else is tried as a video.
 
     Args:
         path: of a local file.
@@ -45,8 +46,11 @@ def open_media(
             raise UnreadableClipError("is empty")
         with open(path, "rb") as stream:
             picture = is_picture(stream, path)
+        sequence = sequence_format(path) if picture else None
     except OSError as error:
         raise UnreadableClipError(f"cannot be opened: {error.strerror or error}") from error
+    if sequence is not None:
+        return iterate_video(path, note=note, container_format=sequence, **video_options)
     if picture:
         return open_animation(path, note)
     _check_container(path)
@@ -56,7 +60,7 @@ def open_media(
 def _check_container(path: str) -> None:
     """Raises UnreadableClipError for what FFmpeg reads although it is no video."""
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             kind = container.format.name
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

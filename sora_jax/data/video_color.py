@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
@@ -72,7 +73,8 @@ def to_picture(frame: Any, note: Callable[[str], None]) -> Image.Image:
         raise UnreadableClipError(f"has colours that are not converted: the matrix is {_OTHER_MATRICES[matrix]}")
     if transfer in _OTHER_TRANSFERS:
         raise UnreadableClipError(f"has colours that are not converted: the transfer is {_OTHER_TRANSFERS[transfer]}")
-    if transfer not in _HDR and any(data.type.name == "DOVI_METADATA" for data in frame.side_data):
+    # `frame.side_data` would make a cycle of references, in which dead frames pile up.
+    if transfer not in _HDR and any(data.type.name == "DOVI_METADATA" for data in SideDataContainer(frame)):
         raise UnreadableClipError("has colours that are not converted: Dolby Vision without a base layer")
     options = {}
     if matrix not in _MATRICES or matrix == _UNSPECIFIED:

@@ -29,22 +29,31 @@ _MOST_OVER = 1.1, 1.0  # share and seconds that the packets may go beyond the le
 # Containers whose lengths are written, not estimated from the timestamps or the size.
 _WITH_LENGTH = {"mov", "matroska", "avi", "asf", "flv", "ivf", "mxf"}
 
+# Containers that say when a packet is decoded, not when its picture is shown.
+_WITHOUT_PRESENTATION = {"avi", "asf"}
+
 
 @dataclasses.dataclass
 class Packets:
     """What the packets of one stream say, in the order of the file.
 
+    An empty packet means the picture before it again; it has a time, but nothing to decode.
+
     Attributes:
+        in_turn: the container has no presentation times; see `shown_in_turn`.
         shown: presentation times in seconds, NaN where a packet has none.
         decoded: decoding times in seconds, NaN where a packet has none.
         last: presentation time (seconds) and duration (seconds, 0 where unknown) of the packet shown last.
         num_hidden: packets that an edit list hides; they have no times here.
+        repeats: the packet shown last is empty.
     """
 
+    in_turn: bool = False
     shown: list[float] = dataclasses.field(default_factory=list)
     decoded: list[float] = dataclasses.field(default_factory=list)
     last: tuple[float, float] = (-math.inf, 0.0)
     num_hidden: int = 0
+    repeats: bool = False
 
     def add(self, packet: Any) -> None:
         """Counts a packet in."""
@@ -52,11 +61,27 @@ class Packets:
             self.num_hidden += 1
             return
         base = packet.time_base or 0
-        shown = math.nan if packet.pts is None else float(packet.pts * base)
+        ticks = packet.dts if self.in_turn else packet.pts
+        shown = math.nan if ticks is None else float(ticks * base)
         self.shown.append(shown)
         self.decoded.append(math.nan if packet.dts is None else float(packet.dts * base))
         if shown > self.last[0]:
             self.last = shown, float((packet.duration or 0) * base)
+            self.repeats = not packet.size
+
+
+def shown_in_turn(container: Any) -> bool:
+    """Whether a container of PyAV says when a packet is decoded, but not when its picture is shown.
+
+    PyAV then makes presentation times up, in the order of the file. A picture is shown when it comes out of the
+    decoder: at the decoding time of the packet that lets it out.
+    """
+    return _kind(container) in _WITHOUT_PRESENTATION
+
+
+def _kind(container: Any) -> str:
+    """Returns the first of the names of a container's format."""
+    return container.format.name.split(",")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +93,17 @@ class Schedule:
         timed: the frames have times of their own; else they follow each other at `fps`.
         num_pictures: packets, each of which holds a picture at most.
         end: time in seconds until which the last picture stands by the header, None where it says nothing reliable.
+        held: time in seconds until which empty packets hold the last picture.
+        in_file_order: the times ascend in the order of the file although the pictures may not, as a copy of AVI makes
+            them: the first picture has the first time, and so on.
     """
 
     fps: float
     timed: bool
     num_pictures: int
     end: float | None = None
+    held: float = -math.inf
+    in_file_order: bool = False
 
 
 def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
@@ -94,7 +124,7 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
     count = len(packets.shown)
     if not count:
         raise UnreadableClipError("holds no frame")
-    kind = container.format.name.split(",")[0]
+    kind = _kind(container)
     whole = _is_whole(path, kind, stream, count + packets.num_hidden)
     if count == 1:
         return Schedule(STILL_FPS, True, 1)
@@ -116,7 +146,15 @@ def plan(path: str, container: Any, stream: Any, packets: Packets) -> Schedule:
     end, start = last + max(packets.last[1], 1 / fps), min(stretch[0] for stretch in times)
     if promised is not None and not whole and end - start < _LEAST_SHARE * (promised - max(start, 0.0)):
         raise UnreadableClipError(f"is truncated: {end - start:.2f} of {promised:.2f} seconds are there")
-    return Schedule(fps, True, count, promised if whole else None)
+    reorders = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+    return Schedule(
+        fps,
+        True,
+        count,
+        end=promised if whole else None,
+        held=end if packets.repeats else -math.inf,
+        in_file_order=reorders and all(a < b for a, b in itertools.pairwise(packets.shown)),
+    )
 
 
 def frame_rate(times: Sequence[Sequence[float]], duration: float, nominal: Sequence[float]) -> float:
@@ -199,12 +237,14 @@ def lay_out(frames: Iterable[tuple[float | None, float, _Picture]], schedule: Sc
             now = now + step if time is None else max(now, time)
             yield from settle(now)
             waiting = now, picture
-        lasts = duration
+        lasts = duration if schedule.timed else 0.0  # else the demuxer's durations belong to another rate
     if start is None:
         raise UnreadableClipError("holds no frame")
     end = now + max(lasts, step)
     if schedule.end is not None and not shift and (schedule.end - end) * fps >= 1.5:  # less is rounding
         end = schedule.end
+    if not shift:
+        end = max(end, schedule.held)
     yield from settle(end)
     # Half a frame more, as pulled-down film has, is no other frame.
     count = begun + 1 if schedule.num_pictures == 1 else max(begun + 1, int((end - start) * fps + 0.5 - 1e-6))
@@ -302,7 +342,7 @@ def _promised_ends(container: Any, stream: Any) -> tuple[float | None, float | N
     if stream.duration and stream.time_base:
         stream_end = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     else:
-        stream_end = parse_clock(stream.metadata.get("DURATION", ""))  # Matroska and WebM
+        stream_end = parse_clock(tag(stream, "duration"))  # Matroska and WebM
     if container.duration and container.duration > 0:
         file_end = container.duration / 1e6
         if stream_end is None and len(container.streams) == 1:
@@ -310,6 +350,11 @@ def _promised_ends(container: Any, stream: Any) -> tuple[float | None, float | N
         file_end += max(0, container.start_time or 0) / 1e6
     ends = [end for end in (stream_end, file_end) if end is not None and end > 0]
     return (stream_end if stream_end and stream_end > 0 else None), max(ends, default=None)
+
+
+def tag(stream: Any, name: str) -> str:
+    """Returns a tag of a stream of PyAV, "" where it has none; muxers differ in the case of its name, given lower."""
+    return next((value for key, value in stream.metadata.items() if key.lower() == name), "")
 
 
 def parse_clock(text: str) -> float | None:

