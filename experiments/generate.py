@@ -171,10 +171,7 @@ def generate_classes(options: GenerateOptions) -> None:
     num_classes = sampler.config.num_classes
     # The null class, of which no image is meant to be seen, is none of them.
     if bad := [label for label in options.class_labels if not 0 <= label < num_classes]:
-        most = num_classes - 1
-        raise ValueError(
-            f"--class-labels must be between 0 and {most}, the model's {num_classes} classes, got {bad[0]}."
-        )
+        raise ValueError(f"--class-labels must be between 0 and {num_classes - 1}, the model's classes, got {bad[0]}.")
     size = tuple(
         given[0] if given else side
         for given, side in zip((options.height, options.width), sampler.image_size, strict=True)

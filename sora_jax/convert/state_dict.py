@@ -164,11 +164,10 @@ def _likeliest(found: Sequence[_Found]) -> _Found:
     """Returns the weights that are meant; raises ValueError where that cannot be told, or where they are not whole."""
     best = min(map(_rank, found))
     alike = [f for f in found if _rank(f) == best]
-    called = [f for f in alike if f.called_model]
-    if not best[0] or len(called) != 1:
-        called = alike
-    taken = called[0]
-    for other in called[1:]:
+    if not alike[0].averaged:
+        alike = [f for f in alike if f.called_model] or alike
+    taken = alike[0]
+    for other in alike[1:]:
         if not _equal(taken.arrays, other.arrays):
             raise ValueError(
                 f"it holds several networks, {taken} and {other}, and nothing tells which is meant: save one alone."

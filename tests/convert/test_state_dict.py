@@ -91,7 +91,11 @@ def test_what_was_taken_is_said(caplog):
         ([OTHER, STATE], "several networks, '0' and '1', and nothing"),
         (behind("student.") | behind("teacher.", OTHER), "prefix 'student.' and .* prefix 'teacher.', and nothing"),
         ({"ema_0.99": OTHER, "ema_0.9": STATE}, "several networks, 'ema_0.99' and 'ema_0.9', and nothing"),
-        ({"model": OTHER, "state_dict": STATE}, "several networks, 'model' and 'state_dict', and nothing"),
+        ({"ema": OTHER, "model_ema": STATE}, "several networks, 'ema' and 'model_ema', and nothing"),
+        (
+            {"a": STATE, "model": OTHER, "state_dict": dict(STATE)},
+            "several networks, 'model' and 'state_dict', and nothing",
+        ),
     ],
 )
 def test_networks_of_which_none_is_likelier_are_refused(values, words):
@@ -130,8 +134,9 @@ def test_what_an_average_need_not_have():
     larger = DEEP | {"blocks.3.weight": np.zeros(2, np.float32)}
     for values in (
         {"model": DEEP | count, "ema": DEEP},
-        {"model": DEEP, "ema": DEEP, "teacher": larger},
+        {"model": DEEP, "ema": dict(DEEP), "teacher": larger},
         {"model": DEEP, "ema": {"decay": np.ones(1, np.float32)}},
+        {"model": DEEP, "ema_of_another": {"head.bias": np.ones(2, np.float32)}},
         DEEP | behind("ema.", DEEP),
     ):
         assert DEEP.keys() <= find_tensors(values, MARKS).keys() <= DEEP.keys() | {f"ema.{name}" for name in DEEP}

@@ -256,6 +256,7 @@ def test_tensors_that_do_not_fit_are_named():
         (query, None, "is missing"),
         (query, state[query].swapaxes(1, 2), r"must be \(16, 2, 8\), got \(16, 8, 2\)"),
         ("head/bias", state["head/bias"] * np.nan, "has a value that is not finite"),
+        ("head/bias", state["head/bias"].astype(np.int8), "has dtype int8; weights must be of a floating-point one"),
     ):
         broken = {k: v for k, v in state.items() if k != name} | ({} if value is None else {name: value})
         with pytest.raises(ValueError, match=rf"{name} {words}"):

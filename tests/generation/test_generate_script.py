@@ -105,8 +105,8 @@ def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
         (dict(height=(4, 8)), "--class-labels are drawn at one size"),
         (dict(guided_channels=-1), r"--guided-channels must be 0 \(all\) or more, got -1"),
         (dict(height=(5,)), r"positive multiples of 2 pixels, got \(5, 4\)"),
-        (dict(class_labels=(0, 3)), "--class-labels must be between 0 and 2, the model's 3 classes, got 3"),  # null
-        (dict(class_labels=(-1,)), "--class-labels must be between 0 and 2, the model's 3 classes, got -1"),
+        (dict(class_labels=(0, 3)), "--class-labels must be between 0 and 2, the model's classes, got 3"),  # null
+        (dict(class_labels=(-1,)), "--class-labels must be between 0 and 2, the model's classes, got -1"),
         (dict(num_steps=21), "count must be between 1 and the process's 20 steps, got 21"),
     ],
 )
