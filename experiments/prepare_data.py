@@ -160,10 +160,11 @@ class StillsCommand:
 class FolderCommand:
     """Any folder of videos, animations and pictures with a captions.jsonl.
 
-    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it. Colours
-    become sRGB and transparent pixels white; a video that names no matrix has BT.709's from 1280 pixels of width or
-    more than 576 of height on, and BT.601's below. HDR is brought to SDR with its white at 203 cd/m2. The report counts
-    what was converted.
+    A file that cannot be read whole is left out and named, as is one that ends the process that decodes it. Damage that
+    its decoder conceals without a word, as those of JPEG, VP8, VP9, HEVC, Theora and WMV often do, stays unnoticed.
+    Colours become sRGB and transparent pixels white; a video that names no matrix has BT.709's from 1280 pixels of
+    width or more than 576 of height on, and BT.601's below. HDR is brought to SDR with its white at 203 cd/m2. The
+    report counts what was converted.
 
     Attributes:
         source: the folder, on a local disk; it holds `captions.jsonl`.
