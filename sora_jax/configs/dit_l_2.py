@@ -1,0 +1,32 @@
+"""DiT-L/2 (arXiv:2212.09748) on ImageNet at 256x256, in the latents of the SD-VAE, with the paper's values.
+
+python experiments/convert_checkpoint.py sd-vae --source sd-vae-ft-ema --output models/sd_vae
+python experiments/prepare_data.py latents --source data/imagenet2012/5.1.0 --vae models/sd_vae --output data
+python experiments/train.py dit_l_2 --data.path data/imagenet2012_latents/1.0.0 --workdir runs/dit_l_2
+"""
+
+import dataclasses
+
+from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.data.latents import LatentDataConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.models.dit import DIT_SIZES
+
+
+def config() -> ClassConditionalConfig:
+    """Returns the experiment."""
+    return ClassConditionalConfig(
+        data=LatentDataConfig(batch_size=256, row_length=256),
+        patch=PatchConfig(size=(1, 2, 2), channels=4),
+        model=dataclasses.replace(DIT_SIZES["dit_l_2"], dtype="bfloat16", remat="dots"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, warmup_steps=0, b2=0.999, weight_decay=0.0, final_share=1.0, ema_decay=0.9999
+        ),
+        mesh=MeshConfig(data=-1, fsdp=4),
+        sample=ClassSampleConfig(labels=(207, 360, 387, 974), columns=4, guidance_scale=4.0),
+        num_steps=400_000,
+        log_every=100,
+        eval_every=0,
+        save_every=5000,
+        sample_every=10_000,
+    )
