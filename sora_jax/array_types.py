@@ -17,9 +17,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 Array = Any  # a jax.Array or a numpy.ndarray: these modules serve both
 PyTree = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "NumpyArray", "PackedBatch", "PyTree", "Shaped"]
+__all__ = ["TEXT_DTYPE", "Array", "Bool", "Float", "Int", "NumpyArray", "PackedBatch", "PyTree", "Shaped"]
 
 NumpyArray = np.ndarray
+TEXT_DTYPE = np.dtype(np.float16)
+"""Of the token states of captions in a batch and wherever they are stored: training and sampling see the same."""
 
 
 class PackedBatch(NamedTuple):
@@ -35,7 +37,7 @@ class PackedBatch(NamedTuple):
         segment_ids: (B, L) int32, 1 ... K, 0 for padding.
         level_ids: (B, L) int32, 0 ... 2K - 1, 0 where padded.
         loss_mask: (B, L) bool, the tokens that a loss is averaged over.
-        text: (B, M, D) float32, token states of the captions.
+        text: (B, M, D) float16, token states of the captions.
         text_segment_ids: (B, M) int32, the segment that each caption token belongs to, 0 for padding.
         clip_ids: (B, K) int32, index of each segment's clip in its data set, -1 where there is none.
         labels: (B, K) int32, class of each segment, -1 where it has none.

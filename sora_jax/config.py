@@ -70,11 +70,40 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixturePart:
+    """One data set of a mixture.
+
+    Attributes:
+        path: directory of a prepared TFDS data set.
+        weight: of the samples that are trained on, its share is this over the sum of all weights.
+        split: that is trained on (None: the config's).
+        max_clips: train on this many of its clips (None: all).
+        still_share: of its samples that are single frames (None: the config's).
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    max_clips: int | None = None
+    still_share: float | None = None
+
+    def __post_init__(self) -> None:
+        check(bool(self.path), self, "path", "the directory of a data set")
+        check(0 < self.weight < math.inf, self, "weight", "positive and finite")
+        check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
+        share = self.still_share
+        check(share is None or 0 <= share <= 1, self, "still_share", "None or between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedDataConfig(BatchConfig):
     """Where clips come from, and the rows they are packed into; how they are sampled is for a subclass to say.
 
+    A data set holds pixels or latents, as it says itself; of latents, all sizes are in latent cells.
+
     Attributes:
         path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
+        mixture: several data sets instead of `path`, each with a weight. Held-out splits are those of all of them.
         max_clips: train on this many clips, chosen by `clip_seed` (None: all).
         clip_seed: chooses the `max_clips` clips.
         row_length: tokens of a packed row, L.
@@ -87,11 +116,20 @@ class PackedDataConfig(BatchConfig):
         num_workers: processes that decode, per host (0: in the main process).
         prefetch: batches kept ready.
         caption_dropout: probability of training on the null caption.
-        oversize: a sample larger than a row is made smaller (`resize`) or left out (`skip`).
+        oversize: a sample larger than a row is made smaller (`resize`), which of latents means fewer frames, or left
+            out (`skip`).
+        flip: probability of training on the mirror image; of latents, these must have been stored.
+        crop: what is taken of a picture, the same of all frames of a clip: all of it (`none`), the largest part of the
+            sample's aspect in its middle (`center`), or a part drawn by `crop_area` and `crop_aspect` (`random`). Of
+            latents, which cannot be resized, it is a window of the sample's size.
+        crop_area: (least, most) share of the picture's area that a `random` crop takes.
+        crop_aspect: (least, most) aspect of a `random` crop over that of the sample, or of the picture where samples
+            keep its aspect.
         seed: of order, sampling and packing.
     """
 
     path: str = ""
+    mixture: tuple[MixturePart, ...] = ()
     max_clips: int | None = None
     clip_seed: int = 0
     row_length: int = 1024
@@ -105,10 +143,21 @@ class PackedDataConfig(BatchConfig):
     prefetch: int = 4
     caption_dropout: float = 0.1
     oversize: Literal["resize", "skip"] = "resize"
+    flip: float = 0.0
+    crop: Literal["none", "center", "random"] = "none"
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(not (self.path and self.mixture), self, "mixture", "() where path names a data set")
+        check(self.max_clips is None or not self.mixture, self, "max_clips", "None in a mixture, each part has its own")
+        check(0 <= self.flip <= 1, self, "flip", "between 0 and 1")
+        check_range(self, "crop_area", 1e-3)
+        check(self.crop_area[1] <= 1, self, "crop_area", "at most 1")
+        check_range(self, "crop_aspect", 1e-2)
+        check(self.crop_aspect[1] < math.inf, self, "crop_aspect", "finite")
         check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
         check(0 <= self.caption_dropout <= 1, self, "caption_dropout", "between 0 and 1")
         for field in ("row_length", "max_segments", "num_bins", "num_shards", "prefetch"):
@@ -124,9 +173,15 @@ class PackedDataConfig(BatchConfig):
         shards = self.num_shards
         check(self.batch_size % shards == 0, self, "batch_size", f"a multiple of num_shards ({shards})")
 
+    @property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """The data sets that are read: those of the mixture, or the one at `path`."""
+        return self.mixture or ((MixturePart(self.path, max_clips=self.max_clips),) if self.path else ())
+
     def for_evaluation(self: T) -> T:
-        """Returns how held-out data is sampled and read: with every caption, in the main process."""
-        return dataclasses.replace(self, caption_dropout=0.0, num_workers=0)
+        """Returns how held-out data is sampled and read: as it is, with every caption, in the main process."""
+        crop = "none" if self.crop == "none" else "center"
+        return dataclasses.replace(self, caption_dropout=0.0, flip=0.0, crop=crop, num_workers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +191,8 @@ class DataConfig(PackedDataConfig):
     Attributes:
         num_frames: (fewest, most) frames of a sample, log-uniform.
         fps: (lowest, highest) frames a second of a sample, log-uniform; the clip's own rate is never exceeded.
-        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept.
+        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept. Latents keep
+            the size that they are stored with.
         still_share: share of samples that are single frames.
     """
 

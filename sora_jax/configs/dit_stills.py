@@ -11,7 +11,7 @@ Every picture is stretched to the square.
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 from sora_jax.models.dit import DiTConfig
@@ -20,7 +20,7 @@ from sora_jax.models.dit import DiTConfig
 def config() -> ClassConditionalConfig:
     """Returns the experiment."""
     return ClassConditionalConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((32, 32)), row_length=64, max_segments=1, num_bins=1, batch_size=32, num_shards=1
         ),
         patch=PatchConfig(size=(1, 4, 4)),

@@ -8,7 +8,7 @@ minutes on two cores: the own caption is the nearest for 0.794 of its 68 clips, 
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import NativeSize, LabelledDataConfig
 from sora_jax.families.recognition import ContrastiveConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ConstantDrop
@@ -17,7 +17,7 @@ from sora_jax.patches.token_drop import ConstantDrop
 def config() -> ContrastiveConfig:
     """Returns the experiment."""
     return ContrastiveConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             eval_splits=("compositional", "unseen"),
             sampling=NativeSize(sides=(24.0, 48.0), token_drop=ConstantDrop(0.5)),
             num_frames=4,

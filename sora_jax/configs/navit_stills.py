@@ -7,7 +7,7 @@ About an hour on two cores: 0.745 of the held-out images with 45% of the compute
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import NativeSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ResolutionDrop
@@ -16,7 +16,7 @@ from sora_jax.patches.token_drop import ResolutionDrop
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=NativeSize(
                 sides=(16.0, 32.0),
                 mean=0.0,

@@ -9,7 +9,7 @@ crops and flips, its dropout and its stochastic depth are left out.
 import dataclasses
 
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vit import VIT_SIZES
 
@@ -17,7 +17,7 @@ from sora_jax.models.vit import VIT_SIZES
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             eval_splits=("validation",),
             sampling=FixedSize((224, 224)),
             row_length=196,

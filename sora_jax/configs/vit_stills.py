@@ -1,7 +1,7 @@
 """ViT on stills of digits and emoji, all stretched to 32x32 pixels: what `navit_stills` is measured against."""
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vit import ViTConfig
 
@@ -9,7 +9,7 @@ from sora_jax.models.vit import ViTConfig
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((32, 32)),
             row_length=64,
             max_segments=1,

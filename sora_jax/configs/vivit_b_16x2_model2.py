@@ -10,7 +10,7 @@ AdamW and none of them.
 """
 
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vivit import ViViTConfig
 
@@ -18,7 +18,7 @@ from sora_jax.models.vivit import ViViTConfig
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((224, 224)),
             num_frames=32,
             fps=12.5,

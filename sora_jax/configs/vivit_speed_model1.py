@@ -9,7 +9,7 @@ spent on decoding JPEGs: Model 1 names the speed of 0.843 of the held-out clips,
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vivit import ViViTConfig
 
@@ -17,7 +17,7 @@ from sora_jax.models.vivit import ViViTConfig
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((32, 32)),
             num_frames=8,
             fps=24.0,

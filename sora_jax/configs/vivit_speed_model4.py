@@ -1,7 +1,7 @@
 """ViViT's Model 4, factorised dot-product attention, on playback speed: see `vivit_speed_model1`."""
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vivit import ViViTConfig
 
@@ -9,7 +9,7 @@ from sora_jax.models.vivit import ViViTConfig
 def config() -> ClassificationConfig:
     """Returns the experiment."""
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((32, 32)),
             num_frames=8,
             fps=24.0,

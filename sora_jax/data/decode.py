@@ -6,6 +6,7 @@ A file that cannot be read whole raises `UnreadableClipError`, which says why; n
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +37,10 @@ LEAST_FRAMES = 4096
 """A clip of T pictures is stored as 64 T frames at most, or 4096 where that is more (see `constant_rate`)."""
 
 
-def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArray:
-    """Decodes pictures and resizes each to one size with an antialiasing filter.
+def decode_frames(
+    encoded: Sequence[bytes], height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> NumpyArray:
+    """Decodes pictures and resizes each, or the same part of each, to one size with an antialiasing filter.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that still covers the asked size (libjpeg's scaled DCT),
     which costs a fraction of decoding it whole.
@@ -47,6 +50,7 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
             colours become sRGB, as when a data set is prepared.
         height: of every frame returned, in pixels.
         width: of every frame returned, in pixels.
+        box: (top, left, bottom, right) of the part, as shares of the picture's sides, upright (None: all of it).
 
     Returns:
         (T, height, width, 3) uint8 RGB, transparent pixels laid over white.
@@ -58,17 +62,23 @@ def decode_frames(encoded: Sequence[bytes], height: int, width: int) -> NumpyArr
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be positive, got {height} x {width}.")
     frames = np.empty((len(encoded), height, width, 3), np.uint8)
+    top, left, bottom, right = box or (0.0, 0.0, 1.0, 1.0)
+    least = math.ceil(height / (bottom - top)), math.ceil(width / (right - left))  # of the whole picture
     for i, data in enumerate(encoded):
         try:
             with open_picture(io.BytesIO(data)) as image:
                 turned = upright_size(image) != image.size
                 # Only JPEG has drafts; a draft is never smaller than asked.
-                image.draft("RGB", (height, width) if turned else (width, height))
+                image.draft("RGB", least if turned else least[::-1])
                 image.load()
                 frame = upright(flatten(image), image)
         except BROKEN_PICTURE as error:
             raise UnreadableClipError(f"frame {i} of {len(encoded)} cannot be decoded: {error}") from error
-        if frame.size != (width, height):
+        if box is not None:
+            w, h = frame.size
+            part = (left * w, top * h, right * w, bottom * h)
+            frame = frame.resize((width, height), Image.Resampling.BICUBIC, box=part)
+        elif frame.size != (width, height):
             frame = frame.resize((width, height), Image.Resampling.BICUBIC)  # Pillow widens the filter to antialias
         frames[i] = np.asarray(frame)
     return frames

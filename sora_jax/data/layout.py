@@ -10,8 +10,10 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from sora_jax.array_types import NumpyArray
 from sora_jax.data.decode import STILL_FPS
 from sora_jax.data.records import label_words, parse_example, picture_size
 
@@ -27,6 +29,55 @@ NAME_KEYS = ("name", "id", "filename", "file_name")
 
 LABEL_KEY = "label"
 """The class label that is read where a data set has several."""
+
+
+STATES_KEY, NULL_STATES = "caption_states", "null_caption_states.npy"
+"""Feature of a record that holds the token states of its caption, and the file beside the records with those of the
+empty caption."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StatesLayout:
+    """How the token states of captions stand in the records.
+
+    Attributes:
+        dtype: that they are stored in.
+        null: (m, D), those of the empty caption.
+    """
+
+    dtype: np.dtype
+    null: NumpyArray
+
+    @classmethod
+    def read(cls, directory: str) -> StatesLayout | None:
+        """Reads it of the data set in `directory`; None where the records hold no states.
+
+        Raises:
+            ValueError: they are no (None, D) tensor of bytes, or those of the empty caption are missing.
+        """
+        features = _features(directory)
+        if STATES_KEY not in features:
+            return None
+        tensor = features[STATES_KEY].get("tensor", {})
+        shape = [int(n) for n in tensor.get("shape", {}).get("dimensions", ())]
+        if len(shape) != 2 or shape[0] != -1 or tensor.get("encoding") != "bytes":
+            raise ValueError(
+                f'{STATES_KEY} of {directory} must be tfds.features.Tensor(shape=(None, D), encoding="bytes"), '
+                f"got {features[STATES_KEY]}."
+            )
+        file = epath.Path(directory) / NULL_STATES
+        if not file.exists():
+            raise ValueError(f"{directory} holds {STATES_KEY} but not {NULL_STATES}, the states of the empty caption.")
+        with file.open("rb") as opened:
+            null = np.load(opened)
+        if null.ndim != 2 or null.shape[1] != shape[1]:
+            raise ValueError(f"{file} must be (tokens, {shape[1]}), got {null.shape}.")
+        dtype = np.dtype(tensor["dtype"])
+        return cls(dtype, null.astype(dtype))
+
+    def of(self, values: dict[str, Any]) -> NumpyArray:
+        """Returns the states (m, D) of a record's values."""
+        return np.frombuffer(values[STATES_KEY][0], self.dtype).reshape(-1, self.null.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +109,12 @@ class RecordLayout:
         Raises:
             ValueError: it has no picture or video of 8 bits a channel; the message lists what it has.
         """
-        content = json.loads((epath.Path(directory) / "features.json").read_text())
-        features = content.get("featuresDict", {}).get("features", {})
+        features = _features(directory)
         kinds = {key: _kind(feature) for key, feature in features.items()}
         videos = [key for key, kind in kinds.items() if kind == "Video"]
         images = [key for key, kind in kinds.items() if kind == "Image"]
         if not videos and not images:
-            found = ", ".join(f"{key}: {kind}" for key, kind in kinds.items()) or content.get("pythonClassName")
+            found = ", ".join(f"{key}: {kind}" for key, kind in kinds.items()) or "no dictionary of features"
             raise ValueError(
                 f"the data set at {directory} has no 8-bit Image, Video or Sequence(Image) feature; it has {found}."
             )
@@ -77,7 +127,7 @@ class RecordLayout:
             moving=bool(videos),
             caption=caption,
             label=label,
-            label_names=_label_names(directory, label, features[label]) if label else (),
+            label_names=label_names(directory, label, features[label]) if label else (),
             name=next((key for key in NAME_KEYS if key in texts), None),
             fps="fps" if kinds.get("fps") in ("Tensor", "Scalar") else None,
             clip_id="clip_id" if kinds.get("clip_id") in ("Tensor", "Scalar") else None,
@@ -103,6 +153,12 @@ class RecordLayout:
         }
 
 
+def _features(directory: str) -> dict[str, Any]:
+    """Returns the features of a data set's records by key."""
+    content = json.loads((epath.Path(directory) / "features.json").read_text())
+    return content.get("featuresDict", {}).get("features", {})
+
+
 def _kind(feature: dict[str, Any]) -> str:
     """Returns the name of a feature's class, `Video` also for a sequence of pictures."""
     kind = feature.get("pythonClassName", "").rsplit(".", 1)[-1]
@@ -115,7 +171,7 @@ def _kind(feature: dict[str, Any]) -> str:
     return kind
 
 
-def _label_names(directory: str, label: str, feature: dict[str, Any]) -> tuple[str, ...]:
+def label_names(directory: str, label: str, feature: dict[str, Any]) -> tuple[str, ...]:
     """Returns the names of the classes as words, their numbers where TFDS kept no names."""
     path = epath.Path(directory) / f"{label}.labels.txt"
     if not path.exists():

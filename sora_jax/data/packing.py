@@ -1,24 +1,26 @@
 """One logical shard of the data: its own order, its own packer, and rows made of what the packer planned.
 
-Rows are planned on token counts alone, by grain's best-fit packer, and only then decoded and filled. A shard's
-place is the packer's, so it is small, restoring decodes nothing, and it is exact in the middle of packing.
+Rows are planned on token counts alone, by grain's best-fit packer, and only then read and filled. A shard's place is
+the packer's, so it is small, restoring reads nothing, and it is exact in the middle of packing. Of a mixture, grain
+takes samples from its parts in turn, such that every run of them has each part's share to within a sample or two.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
-from sora_jax.array_types import NumpyArray, PackedBatch
+from sora_jax.array_types import TEXT_DTYPE, NumpyArray, PackedBatch
 from sora_jax.config import DataConfig, PackedDataConfig, PatchConfig
-from sora_jax.data.captions import CaptionTable
-from sora_jax.data.decode import UnreadableClipError, decode_frames
-from sora_jax.data.recognition import RecognitionDataConfig, draw_recognition_sample
-from sora_jax.data.sources import ClipSource
+from sora_jax.data.captions import CaptionStates
+from sora_jax.data.content import Content
+from sora_jax.data.labelled import LabelledDataConfig, draw_labelled_sample
 from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, select_clips
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
@@ -45,13 +47,13 @@ class Shard(Iterator[PackedBatch]):
     """The rows of one logical shard, endless or of one epoch.
 
     Args:
-        source: the split's clips.
+        content: the split's clips.
         captions: token states of their captions; None where `data.text_length` is 0.
         data: sampling, budgets and seed.
         patch: of the model.
-        index: of the shard, 0 ... data.num_shards - 1; it has every num_shards-th clip.
-        repeat: go on for ever, in a new order each epoch.
-        max_clips: of the split, for all shards together.
+        index: of the shard, 0 ... data.num_shards - 1; it has every num_shards-th clip of each part of the content.
+        repeat: go on for ever, in a new order each epoch, on the clips that `data` chooses of each of its parts, and as
+            often as their weights say; else all clips once.
 
     Attributes:
         skipped: how often each (clip name, reason) was left out; whoever reads it may clear it.
@@ -63,29 +65,27 @@ class Shard(Iterator[PackedBatch]):
 
     def __init__(
         self,
-        source: ClipSource,
-        captions: CaptionTable | None,
+        content: Content,
+        captions: CaptionStates | None,
         data: PackedDataConfig,
         patch: PatchConfig,
         index: int,
         repeat: bool,
-        max_clips: int | None,
     ) -> None:
-        self._source, self._captions, self._data, self._patch = source, captions, data, patch
+        self._content, self._captions, self._data, self._patch = content, captions, data, patch
         self.skipped: collections.Counter[tuple[str, str]] = collections.Counter()
         self.num_reduced = 0
         self._misses = 0
         self._repeat = repeat
-        clips = select_clips(len(source), max_clips, data.clip_seed)[index :: data.num_shards]
+        self._data_of_part = [_of_part(data, part.still_share) for part in data.parts] if repeat else [data]
         if captions is not None:
             self._null_length = int(captions.lengths([""])[0])
-            self._caption_lengths = captions.lengths(source.metadata.captions)
+            self._caption_lengths = captions.lengths(content.metadata.captions)
         self._rows: Any = None
-        if len(clips):
-            plans = grain.MapDataset.source(clips.tolist()).seed(data.seed * data.num_shards + index).shuffle()
-            plans = plans.repeat() if repeat else plans
+        plans = self._order(index)
+        if plans is not None:
             # grain's threads would only get in the way of a plan that takes microseconds.
-            plans = plans.random_map(_DrawPlan(self)).filter(lambda plan: plan is not None)
+            plans = plans.filter(lambda plan: plan is not None)
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             self._rows = iter(
                 grain.experimental.BestFitPackIterDataset(
@@ -97,14 +97,38 @@ class Shard(Iterator[PackedBatch]):
                 )
             )
 
+    def _order(self, index: int) -> grain.MapDataset | None:
+        """Returns the plans of a shard in their order, None where it has no clips."""
+        data, starts, draw = self._data, self._content.starts, _DrawPlan(self)
+        seed = data.seed * data.num_shards + index
+        if not self._repeat:
+            clips = range(index, len(self._content), data.num_shards)
+            return grain.MapDataset.source(list(clips)).seed(seed).shuffle().random_map(draw) if clips else None
+        of_parts = [
+            (start + select_clips(stop - start, part.max_clips, data.clip_seed)[index :: data.num_shards]).tolist()
+            for part, start, stop in zip(data.parts, starts, starts[1:], strict=True)
+        ]
+        if len(of_parts) == 1:
+            return grain.MapDataset.source(of_parts[0]).seed(seed).shuffle().repeat().random_map(draw)
+        seeds = np.random.default_rng((data.seed, index)).integers(2**31, size=1 + len(of_parts)).tolist()
+        shuffled = [
+            grain.MapDataset.source(clips).seed(own).shuffle().repeat()
+            for clips, own in zip(of_parts, seeds[1:], strict=True)
+        ]
+        mixed = grain.MapDataset.mix(shuffled, [part.weight for part in data.parts])
+        return mixed.seed(seeds[0]).random_map(draw)
+
     def plan(self, clip: int, rng: np.random.Generator) -> dict[str, NumpyArray] | None:
         """Draws a sample of a clip, as arrays whose lengths are what it needs of a row's budgets."""
-        m = self._source.metadata
+        m, part = self._content.metadata, 0
+        if len(self._data_of_part) > 1:
+            part = bisect.bisect_right(self._content.starts, clip) - 1
+        data, resizable = self._data_of_part[part], self._content.resizable
         clip_of = (clip, int(m.num_frames[clip]), float(m.fps[clip]), int(m.height[clip]), int(m.width[clip]))
-        if isinstance(self._data, RecognitionDataConfig):
-            sample = draw_recognition_sample(rng, *clip_of, int(m.labels[clip]), self._data, self._patch)
+        if isinstance(data, LabelledDataConfig):
+            sample = draw_labelled_sample(rng, *clip_of, int(m.labels[clip]), data, self._patch, resizable)
         else:
-            sample = draw_sample(rng, *clip_of, self._data, self._patch) or TOO_LARGE
+            sample = draw_sample(rng, *clip_of, data, self._patch, resizable) or TOO_LARGE
         if isinstance(sample, str):
             return self._leave_out(clip, sample)
         needs = {"patches": np.zeros(sample.num_tokens(self._patch), np.uint8), "sample": sample.to_row()[None]}
@@ -119,7 +143,7 @@ class Shard(Iterator[PackedBatch]):
 
     def _leave_out(self, clip: int, reason: str) -> None:
         """Takes note of a sample that fits no row; raises ValueError where none ever does."""
-        self.skipped[self._source.metadata.names[clip], reason] += 1
+        self.skipped[self._content.metadata.names[clip], reason] += 1
         self._misses += 1
         if self._repeat and self._misses >= MOST_MISSES:
             reasons = ", ".join(sorted({reason for _, reason in self.skipped}))
@@ -136,22 +160,14 @@ class Shard(Iterator[PackedBatch]):
         return self.fill(self.next_plan())
 
     def fill(self, samples: list[Sample]) -> PackedBatch:
-        """Decodes samples and packs them into a row (without a batch axis)."""
+        """Reads samples and packs them into a row (without a batch axis)."""
         return fill_row(
             [self.segment(sample) for sample in samples], **row_budgets(self._data, self._patch, self._captions)
         )
 
     def segment(self, sample: Sample) -> Segment:
-        """Decodes one sample."""
-        m = self._source.metadata
-        indices = sample.frame_indices(float(m.fps[sample.clip]), int(m.num_frames[sample.clip]))
-        encoded = self._source.read_frames(sample.clip, indices)
-        try:
-            pixels = decode_frames(encoded, sample.height, sample.width)
-        except UnreadableClipError as error:
-            raise UnreadableClipError(f"clip {m.names[sample.clip]!r}: {error}") from error
-        frames = pixels.astype(np.float32) / 127.5 - 1
-        patches = patchify(frames, self._patch.size)
+        """Reads one sample."""
+        patches = patchify(self._content.values(sample.clip, sample), self._patch.size)
         grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
         positions = grid_positions(grid, sample.fps, self._patch)
         extent = positions.max(axis=0) + 1
@@ -160,9 +176,9 @@ class Shard(Iterator[PackedBatch]):
             kept = kept_tokens(rng, len(patches), 1 - sample.num_kept / len(patches))
             patches, positions = patches[kept], positions[kept]
         if self._captions is None:
-            text = np.zeros((0, 0), np.float32)
+            text = np.zeros((0, 0), TEXT_DTYPE)
         else:
-            text = self._captions.lookup("" if sample.caption_dropped else m.captions[sample.clip])
+            text = self._captions.lookup("" if sample.caption_dropped else self._content.metadata.captions[sample.clip])
         return Segment(
             patches=patches,
             positions=positions,
@@ -183,6 +199,11 @@ class Shard(Iterator[PackedBatch]):
             self._rows.set_state(state)
 
 
+def _of_part(data: PackedDataConfig, still_share: float | None) -> PackedDataConfig:
+    """Returns how the samples of a part of the data are drawn."""
+    return data if still_share is None else dataclasses.replace(data, still_share=still_share)
+
+
 def how_to_fit(data: PackedDataConfig) -> str:
     """Returns what to change where no clip fits a row."""
     if not isinstance(data, DataConfig):
@@ -193,7 +214,7 @@ def how_to_fit(data: PackedDataConfig) -> str:
     )
 
 
-def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionTable | None) -> dict[str, int]:
+def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionStates | None) -> dict[str, int]:
     """Returns the arguments of `fill_row` that a data set's rows have in common."""
     return {
         "row_length": data.row_length,

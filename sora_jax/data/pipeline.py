@@ -1,4 +1,4 @@
-"""Batches of packed rows, from a prepared data set.
+"""Batches of packed rows, from a prepared data set or a mixture of several, of pixels or of latents.
 
 The data is cut into `data.num_shards` logical shards. A batch takes the same number of rows from each, in the order
 of the shards; a host owns a run of neighbouring shards and so makes its own run of the batch's rows. Neither the
@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -18,14 +19,13 @@ from typing import Any
 
 from sora_jax.array_types import PackedBatch
 from sora_jax.config import PackedDataConfig, PatchConfig
-from sora_jax.data.captions import CaptionTable
+from sora_jax.data.captions import CaptionStates
+from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.packing import Shard, how_to_fit, row_budgets
-from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
 
 _LOGGER = logging.getLogger(__name__)
-RGB = 3  # channels of a decoded clip
 MOST_TOLD = 5  # clips that are named of those left out for one reason
 
 
@@ -64,13 +64,12 @@ class PackedPipeline(Iterator[PackedBatch]):
 
     def __init__(
         self,
-        source: ClipSource,
-        captions: CaptionTable | None,
+        content: Content,
+        captions: CaptionStates | None,
         data: PackedDataConfig,
         patch: PatchConfig,
         *,
         repeat: bool,
-        max_clips: int | None,
         process_index: int,
         process_count: int,
     ) -> None:
@@ -78,19 +77,24 @@ class PackedPipeline(Iterator[PackedBatch]):
             raise ValueError(
                 f"data.num_shards must be a multiple of the number of hosts ({process_count}), got {data.num_shards}."
             )
-        self._num_clips = min(len(source), max_clips or len(source))
-        if repeat and self._num_clips < data.num_shards:
-            raise ValueError(
-                f"data.num_shards must be at most the number of clips that are trained on ({self._num_clips}), "
-                f"got {data.num_shards}."
-            )
+        self._num_clips = len(content)
+        if repeat:
+            sizes = [stop - start for start, stop in itertools.pairwise(content.starts)]
+            counts = [min(size, part.max_clips or size) for size, part in zip(sizes, data.parts, strict=True)]
+            self._num_clips = sum(counts)
+            if min(counts) < data.num_shards:
+                few = data.parts[counts.index(min(counts))].path if data.mixture else "the data set"
+                raise ValueError(
+                    f"data.num_shards must be at most the number of clips of {few} that are trained on "
+                    f"({min(counts)}), got {data.num_shards}."
+                )
         owned = data.num_shards // process_count
         self.statistics = PipelineStatistics()
         self._data = data
         self._shards = list(range(process_index * owned, (process_index + 1) * owned))
         self._rows_per_shard = data.batch_size // data.num_shards
         self._open_shard = functools.partial(
-            _open_shard, source, captions, data, patch, repeat=repeat, max_clips=max_clips
+            _open_shard, content, captions, data, patch, repeat=repeat
         )
         self._empty_row = fill_row([], **row_budgets(data, patch, captions))
         self._states: dict[int, Any] = {shard: None for shard in self._shards}
@@ -215,7 +219,7 @@ class PackedPipeline(Iterator[PackedBatch]):
 def make_pipeline(
     data: PackedDataConfig,
     patch: PatchConfig,
-    captions: CaptionTable | None,
+    captions: CaptionStates | None,
     split: str | None = None,
     *,
     training: bool = True,
@@ -227,55 +231,46 @@ def make_pipeline(
     Args:
         data: where it is, how it is sampled and packed.
         patch: of the model.
-        captions: token states of the split's captions; None where `data.text_length` is 0.
-        split: of the data set; `data.split` where it is None.
-        training: endless, with caption dropout, on `data.max_clips` clips; otherwise every clip of the split once,
-            with its caption, decoded in this process. The last batch is filled up with empty rows.
+        captions: token states of the split's captions; None where `data.text_length` is 0 or the records hold them.
+        split: of the data set; `data.split` where it is None. In a mixture each part may have its own to train on.
+        training: endless, with caption dropout and mirror images, on the clips that `data` chooses; otherwise every
+            clip of the split once, with its caption, read in this process. The last batch is filled up with empty rows.
         process_index: of this host.
         process_count: number of hosts.
 
     Raises:
-        ValueError: patches of latents, no such data, or shards that cannot be shared out among the hosts or have no
-            clips. The iterator raises it where no clip fits a row, naming what to change.
+        ValueError: patches of other channels than the data's, mirror images that it lacks, no such data, or shards that
+            cannot be shared out among the hosts or have no clips. The iterator raises it where no clip fits a row,
+            naming what to change.
     """
-    check_channels(patch)
-    source = open_source(data.path, split or data.split)
+    content = open_data(data, split)
+    check_content(content, data, patch)
+    if captions is None and data.text_length:
+        captions = content.captions
     if (captions is None) != (data.text_length == 0):
         given = "no caption table" if captions is None else "a caption table"
         raise ValueError(
             f"data.text_length must be 0 without captions and above with them, got {data.text_length} and {given}."
         )
-    if not training:
-        data = data.for_evaluation()
     return PackedPipeline(
-        source,
+        content,
         captions,
-        data,
+        data if training else data.for_evaluation(),
         patch,
         repeat=training,
-        max_clips=data.max_clips if training else None,
         process_index=process_index,
         process_count=process_count,
     )
 
 
-def check_channels(patch: PatchConfig) -> None:
-    """Raises ValueError where patches are of something else than the RGB pixels that clips are decoded to."""
-    if patch.channels != RGB:
-        raise ValueError(
-            f"patch.channels must be the {RGB} of RGB pixels, which is all that the data holds, got {patch.channels}."
-        )
-
-
 def _open_shard(
-    source: ClipSource,
-    captions: CaptionTable | None,
+    content: Content,
+    captions: CaptionStates | None,
     data: PackedDataConfig,
     patch: PatchConfig,
     index: int,
     *,
     repeat: bool,
-    max_clips: int | None,
 ) -> Shard:
     """Opens one logical shard, in the process that will read it."""
-    return Shard(source, captions, data, patch, index, repeat, max_clips)
+    return Shard(content, captions, data, patch, index, repeat)

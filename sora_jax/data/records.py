@@ -69,6 +69,7 @@ class ClipMetadata:
         fps: (N,) float32, frames a second.
         labels: (N,) int32, index of each clip's class, -1 where it has none.
         captions, names: N strings each.
+        caption_tokens: (N,) int32, token states of its caption that a record holds; None where they hold none.
     """
 
     clip_ids: NumpyArray
@@ -79,6 +80,7 @@ class ClipMetadata:
     labels: NumpyArray
     captions: list[str]
     names: list[str]
+    caption_tokens: NumpyArray | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -91,13 +93,17 @@ class ClipMetadata:
             for name, dtype in _DTYPES.items()
         }
         captions = [caption for part in parts for caption in part.captions]
-        return cls(**arrays, captions=captions, names=[name for part in parts for name in part.names])
+        names, tokens = [name for part in parts for name in part.names], [part.caption_tokens for part in parts]
+        every = bool(tokens) and all(count is not None for count in tokens)
+        return cls(**arrays, captions=captions, names=names, caption_tokens=np.concatenate(tokens) if every else None)
 
     def select(self, indices: NumpyArray) -> ClipMetadata:
         """Returns the metadata of the clips at `indices`, in that order."""
         rows = np.asarray(indices, np.int64)
         arrays = {name: getattr(self, name)[rows] for name in _DTYPES}
-        return ClipMetadata(**arrays, captions=[self.captions[i] for i in rows], names=[self.names[i] for i in rows])
+        tokens = None if self.caption_tokens is None else self.caption_tokens[rows]
+        captions, names = ([column[i] for i in rows] for column in (self.captions, self.names))
+        return ClipMetadata(**arrays, captions=captions, names=names, caption_tokens=tokens)
 
 
 _DTYPES = {
@@ -209,8 +215,14 @@ def label_words(name: str) -> str:
 
 
 def metadata_from_rows(rows: list[dict[str, Any]]) -> ClipMetadata:
-    """Gathers one dictionary a clip (keys `clip_ids, num_frames, height, width, fps, labels, caption, name`)."""
+    """Gathers one dictionary a clip.
+
+    Their keys are `clip_ids, num_frames, height, width, fps, labels, caption, name` and, in all or none,
+    `caption_tokens`.
+    """
     columns = {name: np.array([row[name] for row in rows], dtype) for name, dtype in _DTYPES.items()}
+    if rows and "caption_tokens" in rows[0]:
+        columns["caption_tokens"] = np.array([row["caption_tokens"] for row in rows], np.int32)
     return ClipMetadata(**columns, captions=[row["caption"] for row in rows], names=[row["name"] for row in rows])
 
 
@@ -224,6 +236,8 @@ def picture_size(encoded: bytes) -> tuple[int, int]:
 def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -> None:
     """Writes `index-<split>.json` beside the records, whole or not at all."""
     columns = {name: getattr(metadata, name).tolist() for name in _DTYPES}
+    if metadata.caption_tokens is not None:
+        columns["caption_tokens"] = metadata.caption_tokens.tolist()
     text = json.dumps(
         {"version": INDEX_VERSION, **columns, "captions": metadata.captions, "names": metadata.names},
         ensure_ascii=False,
@@ -241,7 +255,8 @@ def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
         if values.pop("version", None) != INDEX_VERSION:
             return None
         arrays = {name: np.array(values[name], dtype) for name, dtype in _DTYPES.items()}
-        return ClipMetadata(**arrays, captions=values["captions"], names=values["names"])
+        tokens = np.array(values["caption_tokens"], np.int32) if "caption_tokens" in values else None
+        return ClipMetadata(**arrays, captions=values["captions"], names=values["names"], caption_tokens=tokens)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"{path} is damaged ({error}); it is made again from the records.", stacklevel=2)
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,37 +17,55 @@ from etils import epath
 from tensorflow_datasets.core import dataset_info as tfds_info
 from tqdm import tqdm
 
-from sora_jax.data.layout import RecordLayout
+from sora_jax.array_types import NumpyArray
+from sora_jax.data.layout import RecordLayout, StatesLayout
 from sora_jax.data.records import ClipMetadata, metadata_from_rows, parse_example, read_index, write_index
 
 # Indices of data sets that cannot be written to, by path and split: a run opens a split several times.
 _UNWRITTEN: dict[tuple[str, str], ClipMetadata] = {}
 
 
-class ClipSource:
-    """The clips of one split, by index.
+class Layout(Protocol):
+    """Where the records of a data set hold what the index says of them.
+
+    Attributes:
+        label_names: of the classes, in the order of their indices; () where the data set has no labels.
+    """
+
+    label_names: tuple[str, ...]
+
+    def row(self, index: int, serialized: bytes) -> dict[str, Any]:
+        """Returns the metadata of one record, as `sora_jax.data.records.metadata_from_rows` takes them."""
+
+
+class RecordSource:
+    """The records of one split, by index, and what is known of all of them.
 
     Only its location and metadata are pickled: a worker process opens the records itself, at its first read.
 
     Args:
         path: directory of a prepared TFDS data set, or one above it that holds a single data set.
         split: name of a split, or what TFDS makes of names (`train[:100]`, `train+unseen`).
+        layout: of its records.
 
     Attributes:
         metadata: of every clip, in the order of the indices.
         label_names: of the classes that `metadata.labels` counts, as words; () where the data set has no labels.
+        null_states: (m, D), token states of the empty caption; None where the records hold no states of captions.
 
     Raises:
-        ValueError: no data set at `path`, an unknown split, records that are not ArrayRecord, or no picture or video
-            feature; the message says what there is. Or a file of records is missing or damaged, which is named.
+        ValueError: no data set at `path`, an unknown split, records that are not ArrayRecord, or a file of records is
+            missing or damaged, which is named.
     """
 
-    def __init__(self, path: str, split: str = "train"):
+    def __init__(self, path: str, split: str, layout: Layout):
         self.path = str(find_dataset(path))
         self.split = split
-        self._layout = RecordLayout.read(self.path)
-        self.label_names: tuple[str, ...] = self._layout.label_names
+        self.label_names: tuple[str, ...] = layout.label_names
+        self._states = StatesLayout.read(self.path)
+        self.null_states = None if self._states is None else self._states.null
         self._records: Any = None
+        self._last: tuple[int, dict[str, Any]] | None = None
         splits = read_splits(self.path)
         spans = split_spans(splits, split, self.path)
         self._files = [
@@ -55,7 +73,7 @@ class ClipSource:
             for name, start, stop in spans
             for instruction in splits[f"{name}[{start}:{stop}]"].file_instructions
         ]
-        indices = {name: self._index(name, splits[name]) for name, _, _ in spans}
+        indices = {name: self._index(name, splits[name], layout) for name, _, _ in spans}
         parts = [indices[name].select(np.arange(start, stop)) for name, start, stop in spans]
         self.metadata = ClipMetadata.concatenate(parts)
 
@@ -63,7 +81,79 @@ class ClipSource:
         return len(self.metadata)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_records": None}
+        return self.__dict__ | {"_records": None, "_last": None}
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Reads the values of a record by key, still encoded; the last one read is kept.
+
+        Raises:
+            IndexError: `index` is out of range.
+            ValueError: the file of the record is missing or damaged; the message names it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip index must be in 0 ... {len(self) - 1}, got {index}.")
+        if self._last is None or self._last[0] != index:
+            if self._records is None:
+                self._records = open_records(self._files)
+            self._last = index, parse_example(read_record(self._records, self._files, int(index)))
+        return self._last[1]
+
+    def caption_states(self, index: int) -> NumpyArray:
+        """Returns the token states (m, D) of a clip's caption, where the records hold them."""
+        return self._states.of(self.record(index))
+
+    def _index(self, split: str, info: Any, layout: Layout) -> ClipMetadata:
+        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them.
+
+        Where that cannot be written to, this process alone keeps it, and says so.
+        """
+
+
+        def whole(metadata: ClipMetadata | None) -> bool:
+            counted = metadata is not None and (self._states is None or metadata.caption_tokens is not None)
+            return counted and len(metadata) == info.num_examples
+
+        metadata = read_index(self.path, split)
+        if whole(metadata):
+            return metadata
+        metadata = _UNWRITTEN.get((self.path, split))
+        told = whole(metadata)
+        if not told:
+            files = info.file_instructions
+            records = open_records(files)
+            progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
+            metadata = metadata_from_rows([self._row(layout, i, read_record(records, files, i)) for i in progress])
+        try:
+            write_index(epath.Path(self.path), split, metadata)
+        except OSError as error:
+            _UNWRITTEN[self.path, split] = metadata
+            reason = error.strerror or error
+            if not told:
+                warnings.warn(
+                    f"{self.path} takes no index of {split} ({reason}): it is made again at each start.", stacklevel=5
+                )
+        return metadata
+
+    def _row(self, layout: Layout, index: int, serialized: bytes) -> dict[str, Any]:
+        """Returns the metadata of a record, with the tokens of its caption where it holds their states."""
+        row = layout.row(index, serialized)
+        return row if self._states is None else row | {"caption_tokens": len(self._states.of(parse_example(serialized)))}
+
+
+class ClipSource(RecordSource):
+    """The pictures and videos of one split, by index; see `RecordSource`.
+
+    Args:
+        path: directory of the data set.
+        split: of it.
+
+    Raises:
+        ValueError: as of `RecordSource`; or no picture or video feature; the message says what there is.
+    """
+
+    def __init__(self, path: str, split: str = "train"):
+        self._layout = RecordLayout.read(str(find_dataset(path)))
+        super().__init__(path, split, self._layout)
 
     def read_frames(self, index: int, frame_indices: Sequence[int]) -> list[bytes]:
         """Reads some frames of a clip, still encoded.
@@ -84,36 +174,8 @@ class ClipSource:
         count = int(self.metadata.num_frames[index])
         if bad := [i for i in frame_indices if not 0 <= i < count]:
             raise IndexError(f"frame indices of clip {index} must be in 0 ... {count - 1}, got {bad[0]}.")
-        if self._records is None:
-            self._records = open_records(self._files)
-        frames = parse_example(read_record(self._records, self._files, int(index)))[self._layout.frames]
+        frames = self.record(index)[self._layout.frames]
         return [frames[i] for i in frame_indices]
-
-    def _index(self, split: str, info: Any) -> ClipMetadata:
-        """Reads the index of a whole split, or makes it by one pass over the records and keeps it beside them.
-
-        Where that cannot be written to, this process alone keeps it, and says so.
-        """
-        metadata = read_index(self.path, split)
-        if metadata is not None and len(metadata) == info.num_examples:
-            return metadata
-        metadata = _UNWRITTEN.get((self.path, split))
-        told = metadata is not None and len(metadata) == info.num_examples
-        if not told:
-            files = info.file_instructions
-            records = open_records(files)
-            progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
-            metadata = metadata_from_rows([self._layout.row(i, read_record(records, files, i)) for i in progress])
-        try:
-            write_index(epath.Path(self.path), split, metadata)
-        except OSError as error:
-            _UNWRITTEN[self.path, split] = metadata
-            reason = error.strerror or error
-            if not told:
-                warnings.warn(
-                    f"{self.path} takes no index of {split} ({reason}): it is made again at each start.", stacklevel=4
-                )
-        return metadata
 
 
 def open_source(path: str, split: str = "train") -> ClipSource:

@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import DataConfig, PackedDataConfig, PatchConfig
+from sora_jax.data.augment import WHOLE, Box, part_of_aspect_kept
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import truncated_normal
 
@@ -34,6 +35,9 @@ class Sample:
         label: class, -1 for none.
         num_kept: patches that are kept, 0 for all.
         drop_seed: of the draw of these.
+        flip: whether it is the mirror image.
+        crop_top, crop_left, crop_height, crop_width: the part of the stored picture that it is, 0 for all of it.
+        draw_seed: of the draw from a stored posterior.
         reduced: whether it was made smaller than drawn to fit a row; the row that is packed does not say.
     """
 
@@ -48,6 +52,12 @@ class Sample:
     label: int = -1
     num_kept: int = 0
     drop_seed: int = 0
+    flip: bool = False
+    crop_top: int = 0
+    crop_left: int = 0
+    crop_height: int = 0
+    crop_width: int = 0
+    draw_seed: int = 0
     reduced: bool = False
 
     def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
@@ -61,6 +71,13 @@ class Sample:
         """Returns the patches that the sample gives a row."""
         return self.num_kept or num_tokens(self.num_frames, self.height, self.width, patch.size)
 
+    def shares(self, height: int, width: int) -> tuple[float, float, float, float] | None:
+        """Returns (top, left, bottom, right) of its part as shares of the stored height and width, None for all."""
+        if not self.crop_height:
+            return None
+        bottom, right = self.crop_top + self.crop_height, self.crop_left + self.crop_width
+        return self.crop_top / height, self.crop_left / width, bottom / height, right / width
+
     def to_row(self) -> NumpyArray:
         """Returns it as a row of float64 numbers, without `reduced`."""
         return np.array(dataclasses.astuple(self)[: len(_ROW)], np.float64)
@@ -71,7 +88,7 @@ class Sample:
         return cls(*(kind(value) for kind, value in zip(_ROW, row, strict=True)))
 
 
-_ROW = (int, float, int, float, int, int, bool, float, int, int, int)  # of the fields but the last
+_ROW = (int, float, int, float, int, int, bool, float, *(int,) * 3, bool, *(int,) * 5)  # of the fields but the last
 
 
 def fit_size(
@@ -115,6 +132,7 @@ def draw_sample(
     width: int,
     data: DataConfig,
     patch: PatchConfig,
+    resizable: bool = True,
 ) -> Sample | None:
     """Draws what is taken of a clip, as `data` says.
 
@@ -127,6 +145,8 @@ def draw_sample(
         width: in pixels.
         data: bounds of duration, rate and size, the row's length, and what to do with a sample above it.
         patch: gives sizes their multiples.
+        resizable: whether it may have another size than it is stored with; else, as of latents, it keeps it, and has
+            fewer frames where it would not fit a row.
 
     Returns:
         The sample, or None where it does not fit a row and `data.oversize` is `skip` (or nothing smaller fits).
@@ -138,18 +158,44 @@ def draw_sample(
     else:
         most = max(int(clip_frames / clip_fps * fps), 1)
         num_frames = min(round(_log_uniform(frames, *data.num_frames)), most)
-    last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
-    long_side = _log_uniform(side, *data.long_side)
-    size = fit_size(height, width, long_side, patch, num_frames, budget=2**31)
-    reduced = num_tokens(num_frames, *size, patch.size) > data.row_length
-    if reduced:
-        resize = data.oversize == "resize"
-        size = fit_size(height, width, long_side, patch, num_frames, data.row_length) if resize else None
-    if size is None:
+    box = part_of_aspect_kept(rng, height, width, data, patch, resizable)
+    if box is None:
         return None
-    return Sample(
+    height, width = (box.height, box.width) if box.height else (height, width)
+    long_side = _log_uniform(side, *data.long_side)
+    size = fit_size(height, width, long_side, patch, num_frames, budget=2**31) if resizable else (height, width)
+    reduced = num_tokens(num_frames, *size, patch.size) > data.row_length
+    if reduced and data.oversize != "resize":
+        return None
+    if reduced and resizable:
+        size = fit_size(height, width, long_side, patch, num_frames, data.row_length)
+    elif reduced:
+        num_frames = data.row_length // num_tokens(1, *size, patch.size) * patch.size[0]
+    if size is None or not num_frames:
+        return None
+    last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
+    sample = Sample(
         clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced=reduced
     )
+    return augmented(rng, sample, box, data, resizable)
+
+
+def augmented(rng: np.random.Generator, sample: Sample, box: Box, data: PackedDataConfig, resizable: bool) -> Sample:
+    """Returns a sample as a part of its picture, flipped or not as `data` says, and with a seed where it needs one.
+
+    Args:
+        rng: of this draw.
+        sample: without these.
+        box: the part.
+        data: says how often it is flipped.
+        resizable: pixels are; latents are drawn from posteriors.
+    """
+    if resizable and not data.flip and box == WHOLE:
+        return sample
+    flip = data.flip > 0 and bool(rng.random() < data.flip)
+    seed = 0 if resizable else int(rng.integers(2**32))
+    place = dict(crop_top=box.top, crop_left=box.left, crop_height=box.height, crop_width=box.width)
+    return dataclasses.replace(sample, flip=flip, draw_seed=seed, **place)
 
 
 def sample_size(

@@ -24,7 +24,7 @@ from flax import linen as nn
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PatchConfig, check
 from sora_jax.data.latents import LatentDataConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels
 from sora_jax.diffusion.losses import hybrid_error, prediction_error
@@ -82,7 +82,7 @@ class ClassConditionalConfig(ExperimentConfig):
 
     kind: ClassVar[str] = "dit"
 
-    data: RecognitionDataConfig | LatentDataConfig = LatentDataConfig()  # noqa: RUF009
+    data: LabelledDataConfig | LatentDataConfig = LatentDataConfig()  # noqa: RUF009
     patch: PatchConfig = PatchConfig(size=(1, 2, 2), channels=4)  # noqa: RUF009
     model: DiTConfig = DiTConfig()  # noqa: RUF009
     process: GaussianConfig = GaussianConfig(variance="learned", loss="hybrid", discrete=True)  # noqa: RUF009

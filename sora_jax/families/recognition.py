@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import PatchConfig, StudyConfig, check
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
 from sora_jax.models import navit, vit, vivit
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.navit import ContrastiveHead, NaViT, NaViTConfig, NaViTOutput
@@ -44,7 +44,7 @@ class RecognitionConfig(StudyConfig):
             the one that training evaluates at. A ViT's positions are interpolated to them.
     """
 
-    data: RecognitionDataConfig = RecognitionDataConfig()  # noqa: RUF009
+    data: LabelledDataConfig = LabelledDataConfig()  # noqa: RUF009
     patch: PatchConfig = PatchConfig(size=(1, 16, 16))  # noqa: RUF009
     learning_rates: tuple[float, ...] = ()
     selection_split: str = "validation"
@@ -110,7 +110,7 @@ class ContrastiveConfig(RecognitionConfig):
 
     kind: ClassVar[str] = "contrastive"
 
-    data: RecognitionDataConfig = RecognitionDataConfig(sampling=NativeSize(), text_length=256, label="none")  # noqa: RUF009
+    data: LabelledDataConfig = LabelledDataConfig(sampling=NativeSize(), text_length=256, label="none")  # noqa: RUF009
     model: NaViTConfig = NaViTConfig(num_classes=1)  # noqa: RUF009
     embedding_dim: int = 512
     text_dim: int = 384
@@ -128,7 +128,7 @@ class ContrastiveConfig(RecognitionConfig):
         check_rows(self.model, self.data, self.patch)
 
 
-def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: RecognitionDataConfig, patch: PatchConfig) -> None:
+def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: LabelledDataConfig, patch: PatchConfig) -> None:
     """Raises ValueError where the rows of the data are not what a model takes, naming both sizes."""
     if isinstance(model, NaViTConfig):
         check(isinstance(data.sampling, NativeSize), data, "sampling", "a NativeSize for NaViT")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.array_types import Bool, Float, PackedBatch
+from sora_jax.array_types import TEXT_DTYPE, Bool, Float, PackedBatch
 
 
 class Segment(NamedTuple):
@@ -16,7 +16,7 @@ class Segment(NamedTuple):
     Attributes:
         patches: (n, P) float32.
         positions: (n, 3) float32, (t, y, x).
-        text: (m, D) float32, token states of its caption.
+        text: (m, D) float16, token states of its caption.
         known: (n,) bool, patches that are given (noise level 0) rather than asked for.
         clip_id: its index in its data set.
         label: its class, -1 where it has none.
@@ -70,7 +70,7 @@ def fill_row(
         segment_ids=np.zeros(row_length, np.int32),
         level_ids=np.zeros(row_length, np.int32),
         loss_mask=np.zeros(row_length, bool),
-        text=np.zeros((text_length, text_dim), np.float32),
+        text=np.zeros((text_length, text_dim), TEXT_DTYPE),
         text_segment_ids=np.zeros(text_length, np.int32),
         clip_ids=np.full(max_segments, -1, np.int32),
         labels=np.full(max_segments, -1, np.int32),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sora_jax.array_types import Array, PyTree
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.data.recognition import FixedSize
+from sora_jax.data.labelled import FixedSize
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load_model

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.array_types import TEXT_DTYPE, Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PackedDataConfig
 
 Metrics = dict[str, Array]
@@ -89,7 +89,7 @@ def packed_batch(data: PackedDataConfig, patch_dim: int, text_dim: int, num_rows
         segment_ids=shape((rows, length), jnp.int32),
         level_ids=shape((rows, length), jnp.int32),
         loss_mask=shape((rows, length), jnp.bool_),
-        text=shape((rows, text, text_dim), jnp.float32),
+        text=shape((rows, text, text_dim), TEXT_DTYPE),
         text_segment_ids=shape((rows, text), jnp.int32),
         clip_ids=shape((rows, segments), jnp.int32),
         labels=shape((rows, segments), jnp.int32),

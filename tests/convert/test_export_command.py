@@ -10,7 +10,7 @@ import pytest
 from sora_jax.commands import convert_checkpoint
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import to_json
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
 from sora_jax.data.toy import SwissRollConfig
 from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
@@ -55,7 +55,7 @@ def test_export_halves_a_model(main, tmp_path, capsys):
 
 RUN = dict(optimizer=OptimizerConfig(warmup_steps=2), num_steps=6)
 SMALL = dict(width=12, depth=1, num_heads=2, mlp_dim=16, num_classes=3)
-PICTURES = RecognitionDataConfig(
+PICTURES = LabelledDataConfig(
     path="/here/data", sampling=FixedSize((4, 6)), row_length=6, max_segments=1, batch_size=4, num_shards=1
 )
 PATCH = PatchConfig(size=(1, 2, 2), channels=1)

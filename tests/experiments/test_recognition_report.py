@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 
 NAVIT = """
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import NativeSize, LabelledDataConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ConstantDrop
 from sora_jax.families.recognition import ClassificationConfig
 
 def config():
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=NativeSize((8.0, 16.0), token_drop=ConstantDrop(0.25)), row_length=32, max_segments=6, num_bins=4,
             batch_size=2, num_shards=1, num_workers=0,
         ),
@@ -42,13 +42,13 @@ def config():
 """
 VIT = """
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.models.vit import ViTConfig
 from sora_jax.families.recognition import ClassificationConfig
 
 def config():
     return ClassificationConfig(
-        data=RecognitionDataConfig(
+        data=LabelledDataConfig(
             sampling=FixedSize((16, 16)), row_length=16, max_segments=1, num_bins=1, batch_size=4, num_shards=1,
             num_workers=0,
         ),

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from sora_jax.config import PatchConfig
 from sora_jax.config_json import to_json
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 from sora_jax.families.load import export_model
@@ -22,7 +22,7 @@ LATENTS = DiTConfig(
 )
 VAE = ImageVAEConfig(widths=(4, 8), num_blocks=1, num_groups=2, scaling_factor=0.5)
 PIXELS = ClassConditionalConfig(
-    data=RecognitionDataConfig(
+    data=LabelledDataConfig(
         sampling=FixedSize((4, 4)), row_length=4, max_segments=1, num_bins=1, batch_size=4, num_shards=1
     ),
     patch=PatchConfig((1, 2, 2)),

@@ -14,7 +14,7 @@ from tiny_run import assert_same_runs
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.latents import LatentDataConfig
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
 from sora_jax.models.attention import xla_attention
@@ -23,7 +23,7 @@ from sora_jax.training import state as states
 from sora_jax.training.loop import Outcome
 
 CONFIG = ClassConditionalConfig(
-    data=RecognitionDataConfig(
+    data=LabelledDataConfig(
         sampling=NativeSize((4.0, 8.0)), row_length=24, max_segments=4, batch_size=4, num_shards=1
     ),
     patch=PatchConfig((1, 2, 2), 1),

@@ -16,7 +16,7 @@ from tiny_run import assert_same_runs
 
 from sora_jax.config import PatchConfig
 from sora_jax.config_json import from_json, to_json
-from sora_jax.data.recognition import FixedSize, NativeSize
+from sora_jax.data.labelled import FixedSize, NativeSize
 from sora_jax.families.recognition import (
     ClassificationTask,
     ContrastiveTask,

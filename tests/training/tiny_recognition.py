@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
 from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.vit import ViTConfig
@@ -15,7 +15,7 @@ from sora_jax.patches.token_drop import ConstantDrop
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 RUN = dict(optimizer=OPTIMIZER, num_steps=6, log_every=2, eval_every=3, eval_batches=2, save_every=100)
-NATIVE = RecognitionDataConfig(
+NATIVE = LabelledDataConfig(
     sampling=NativeSize((4.0, 8.0), token_drop=ConstantDrop(0.3)), row_length=24, max_segments=4, batch_size=4,
     num_shards=1,
 )  # fmt: skip

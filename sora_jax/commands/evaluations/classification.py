@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sora_jax.array_types import PyTree
 from sora_jax.config import PatchConfig
 from sora_jax.data.decode import decode_frames
-from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
 from sora_jax.evaluation.views import multi_view_logits
@@ -116,7 +116,7 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
         raise ValueError("data is needed, the directory of a prepared data set: converted weights name none.")
     frames = model.num_frames if isinstance(model, ViViTConfig) else 1
     patch = model_patch(model)
-    data = RecognitionDataConfig(
+    data = LabelledDataConfig(
         path=options.data,
         sampling=FixedSize(model.image_size),
         num_frames=frames,

@@ -1,4 +1,4 @@
-"""How images and clips are sampled to be recognised: all at one size (ViT, ViViT), or each at its own (NaViT)."""
+"""How labelled images and clips are sampled: all at one size (ViT, ViViT, DiT), or each at its own (NaViT)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import Literal
 import numpy as np
 
 from sora_jax.config import PackedDataConfig, PatchConfig, check, check_range
-from sora_jax.data.transforms import TOO_LARGE, Sample, fit_size, sample_size
+from sora_jax.data.augment import part_of_aspect_kept, part_of_size
+from sora_jax.data.transforms import TOO_LARGE, Sample, augmented, fit_size, sample_size
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import TokenDrop, kept_tokens
 
 NO_LABEL = "its data set gives it no label"
+OTHER_SIZE = "of another size than data.sampling.size; data.crop center or random takes a window of larger ones"
+TOO_SMALL = "smaller than a patch"
 TOO_SHORT = "shorter than data.min_seconds, or than data.num_frames at data.fps and the highest of data.speeds"
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedSize:
-    """Every image or frame is stretched to one size, whatever its aspect; a row holds one image or clip.
+    """Every image or frame, or what `crop` takes of it, is stretched to one size, whatever its aspect.
+
+    Latents are not stretched: they have this size, or `crop` takes a window of it.
 
     Attributes:
-        size: (height, width) in pixels.
+        size: (height, width) in pixels or latent cells.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -34,6 +39,8 @@ class FixedSize:
 @dataclasses.dataclass(frozen=True)
 class NativeSize:
     """The aspect is kept, the size drawn and tokens dropped (arXiv:2307.06304); see `sample_size`.
+
+    Latents keep the size that they are stored with.
 
     Attributes:
         sides: (smallest, largest) of what is drawn, the square root of the area in pixels; held-out images have the
@@ -58,8 +65,8 @@ class NativeSize:
 
 
 @dataclasses.dataclass(frozen=True)
-class RecognitionDataConfig(PackedDataConfig):
-    """Images, or clips of one length, that a model says something of.
+class LabelledDataConfig(PackedDataConfig):
+    """Images, or clips of one length, with a class each.
 
     Attributes:
         sampling: at one size, or each at its own.
@@ -91,15 +98,17 @@ class RecognitionDataConfig(PackedDataConfig):
             distinct = len(set(self.speeds)) == len(self.speeds) > 1
             check(distinct, self, "speeds", "several, and each once, where label is 'speed'")
         check(0 <= self.min_seconds < math.inf, self, "min_seconds", "at least 0 and finite")
+        shared = all(part.still_share is None for part in self.mixture)
+        check(shared, self, "mixture", "parts without still_share, where data.num_frames is one number")
 
-    def for_evaluation(self) -> RecognitionDataConfig:
+    def for_evaluation(self) -> LabelledDataConfig:
         """Returns how held-out data is sampled: at the largest size and whole."""
         held_out = super().for_evaluation()
         if isinstance(self.sampling, FixedSize):
             return held_out
         return held_out.at_side(self.sampling.sides[1])
 
-    def at_side(self, side: float) -> RecognitionDataConfig:
+    def at_side(self, side: float) -> LabelledDataConfig:
         """Returns the config of whole images whose area is `side` squared, in pixels.
 
         Small ones keep the size that they are stored at where none is enlarged.
@@ -113,7 +122,7 @@ class RecognitionDataConfig(PackedDataConfig):
         return dataclasses.replace(self, sampling=sampling)
 
 
-def draw_recognition_sample(
+def draw_labelled_sample(
     rng: np.random.Generator,
     clip: int,
     clip_frames: int,
@@ -121,8 +130,9 @@ def draw_recognition_sample(
     height: int,
     width: int,
     label: int,
-    data: RecognitionDataConfig,
+    data: LabelledDataConfig,
     patch: PatchConfig,
+    resizable: bool = True,
 ) -> Sample | str:
     """Draws what is taken of an image or clip, as `data` says.
 
@@ -136,6 +146,7 @@ def draw_recognition_sample(
         label: its class, -1 for none.
         data: sampling, labels, and what to do with a sample of more patches than a row.
         patch: gives sizes their multiples.
+        resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
 
     Returns:
         The sample, or why there is none.
@@ -157,17 +168,28 @@ def draw_recognition_sample(
         speed, label,
     )  # fmt: skip
     if isinstance(data.sampling, FixedSize):
-        sample = dataclasses.replace(sample, height=data.sampling.size[0], width=data.sampling.size[1])
-        return sample if sample.num_tokens(patch) <= data.row_length else TOO_LARGE
+        size = data.sampling.size
+        box = part_of_size(rng, height, width, size, data, resizable)
+        if box is None:
+            return OTHER_SIZE
+        sample = dataclasses.replace(sample, height=size[0], width=size[1])
+        if sample.num_tokens(patch) > data.row_length:
+            return TOO_LARGE
+        return augmented(rng, sample, box, data, resizable)
 
     sampling = data.sampling
-    try:
-        size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std, sampling.enlarge)
-    except ValueError as error:
-        return str(error).rstrip(".")  # smaller than a patch
+    box = part_of_aspect_kept(rng, height, width, data, patch, resizable)
+    if box is None:
+        return TOO_SMALL
+    size = height, width = (box.height, box.width) if box.height else (height, width)
+    if resizable:
+        try:
+            size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std, sampling.enlarge)
+        except ValueError as error:
+            return str(error).rstrip(".")  # smaller than a patch
     reduced = num_tokens(data.num_frames, *size, patch.size) > data.row_length
     if reduced:
-        resize = data.oversize == "resize"
+        resize = resizable and data.oversize == "resize"
         size = fit_size(*size, max(size), patch, data.num_frames, data.row_length) if resize else None
         if size is None:
             return TOO_LARGE
@@ -177,6 +199,7 @@ def draw_recognition_sample(
         rate = sampling.token_drop.draw_rate(rng, tokens)
         drop_seed = int(rng.integers(2**32))
         num_kept = len(kept_tokens(np.random.default_rng(drop_seed), tokens, rate))
-    return dataclasses.replace(
+    sample = dataclasses.replace(
         sample, height=size[0], width=size[1], num_kept=num_kept, drop_seed=drop_seed, reduced=reduced
     )
+    return augmented(rng, sample, box, data, resizable)

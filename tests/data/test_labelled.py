@@ -6,20 +6,20 @@ from fake_source import FakeSource, caption_table
 
 from sora_jax.config import PatchConfig
 from sora_jax.data.pipeline import PackedPipeline, make_pipeline
-from sora_jax.data.recognition import (
+from sora_jax.data.labelled import (
     NO_LABEL,
     TOO_SHORT,
     FixedSize,
     NativeSize,
-    RecognitionDataConfig,
-    draw_recognition_sample,
+    LabelledDataConfig,
+    draw_labelled_sample,
 )
 from sora_jax.data.transforms import TOO_LARGE, Sample
 from sora_jax.patches.patchify import grid_shape, num_tokens
 from sora_jax.patches.token_drop import BetaDrop, ConstantDrop
 
 PATCH = PatchConfig(size=(1, 4, 4))
-NATIVE = RecognitionDataConfig(
+NATIVE = LabelledDataConfig(
     sampling=NativeSize((8.0, 24.0)), row_length=64, max_segments=8, num_bins=4, batch_size=2, num_shards=1,
     num_workers=0,
 )  # fmt: skip
@@ -39,7 +39,7 @@ SOURCE = Labelled()
 
 
 def draw(data, seed=0, frames=72, height=40, width=80, label=1, patch=PATCH):
-    return draw_recognition_sample(np.random.default_rng(seed), 7, frames, 24.0, height, width, label, data, patch)
+    return draw_labelled_sample(np.random.default_rng(seed), 7, frames, 24.0, height, width, label, data, patch)
 
 
 def rows(data, repeat=True, captions=None, patch=PATCH):
@@ -248,7 +248,7 @@ def test_a_row_of_one_size_is_one_clip_in_the_order_of_its_patches():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 0}, "RecognitionDataConfig.num_frames must be at least 1, got 0"),
+        ({"num_frames": 0}, "LabelledDataConfig.num_frames must be at least 1, got 0"),
         ({"fps": 0.0}, "fps must be positive and finite, got 0.0"),
         ({"speeds": ()}, r"speeds must be numbers other than 0, got \(\)"),
         ({"speeds": (1.0, 0.0)}, "speeds must be numbers other than 0"),
