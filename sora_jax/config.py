@@ -88,7 +88,6 @@ class MixturePart:
     still_share: float | None = None
 
     def __post_init__(self) -> None:
-        check(bool(self.path), self, "path", "the directory of a data set")
         check(0 < self.weight < math.inf, self, "weight", "positive and finite")
         check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
         share = self.still_share
@@ -152,6 +151,7 @@ class PackedDataConfig(BatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(not (self.path and self.mixture), self, "mixture", "() where path names a data set")
+        check(all(part.path for part in self.mixture), self, "mixture", "data sets with a path each")
         check(self.max_clips is None or not self.mixture, self, "max_clips", "None in a mixture, each part has its own")
         check(0 <= self.flip <= 1, self, "flip", "between 0 and 1")
         check_range(self, "crop_area", 1e-3)
@@ -176,7 +176,7 @@ class PackedDataConfig(BatchConfig):
     @property
     def parts(self) -> tuple[MixturePart, ...]:
         """The data sets that are read: those of the mixture, or the one at `path`."""
-        return self.mixture or ((MixturePart(self.path, max_clips=self.max_clips),) if self.path else ())
+        return self.mixture or (MixturePart(self.path, max_clips=self.max_clips),)
 
     def for_evaluation(self: T) -> T:
         """Returns how held-out data is sampled and read: as it is, with every caption, in the main process."""

@@ -14,6 +14,7 @@ from sora_jax.config import DataConfig, FlowConfig, OptimizerConfig, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.captions import CaptionTable
+from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import Shard, row_budgets
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.data.sources import open_source
@@ -103,7 +104,7 @@ def trained(tmp_path_factory):
             batch.text, batch.text_segment_ids,
         )  # fmt: skip
 
-    shard = Shard(source, table, config.data, config.patch, 0, True, None)
+    shard = Shard(PixelContent(source), table, config.data, config.patch, 0, True)
     samples = [Sample(clip, 0.4, 4, 8.0, 32, 24, False) for clip in range(len(source))]
     batch = stack_rows([shard.fill(samples)])
     first_loss = float(loss(state.params, batch))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.training_step import captions_of, device_name, with_data
 from sora_jax.array_types import PackedBatch
 from sora_jax.commands.train import load_config
-from sora_jax.data.captions import CaptionTable
+from sora_jax.data.captions import CaptionStates
 from sora_jax.data.pipeline import PackedPipeline, make_pipeline
 from sora_jax.families.sora import SoraConfig
 from sora_jax.runs.trainer import Trainer
@@ -117,7 +117,7 @@ def run(options: DataOptions) -> dict[str, Any]:
     return report(rows, config, options)
 
 
-def pipeline_alone(config: SoraConfig, captions: CaptionTable, count: int) -> dict[str, float]:
+def pipeline_alone(config: SoraConfig, captions: CaptionStates | None, count: int) -> dict[str, float]:
     """Measures how fast the pipeline gives batches when nothing else runs."""
     with make_pipeline(config.data, config.patch, captions) as pipeline:
         reader = Reader(pipeline)
@@ -131,7 +131,7 @@ def pipeline_alone(config: SoraConfig, captions: CaptionTable, count: int) -> di
 
 
 def step_alone_and_together(
-    config: SoraConfig, captions: CaptionTable, trainer: Trainer, count: int
+    config: SoraConfig, captions: CaptionStates | None, trainer: Trainer, count: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measures the step on batches that lie ready, and the step fed by the pipeline."""
     accumulation, step = config.optimizer.accumulation_steps, trainer.step(config)

@@ -33,10 +33,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.training_step import device_name
-from sora_jax.array_types import NumpyArray, PackedBatch, PyTree
+from sora_jax.array_types import TEXT_DTYPE, NumpyArray, PackedBatch, PyTree
 from sora_jax.commands.train import config_names, load_config
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
-from sora_jax.data.latents import LatentDataConfig, image_rows
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import (
     ClassConditionalConfig,
@@ -46,7 +46,9 @@ from sora_jax.families.dit import (
 from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.patches.patchify import patchify
+from sora_jax.patches.patchify import grid_shape, patchify
+from sora_jax.patches.positions import grid_positions
+from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.provenance import flat_names
 from sora_jax.training.flops import count_flops
 from sora_jax.training.optimizer import make_optimizer
@@ -325,12 +327,32 @@ def training_config(model: DiTConfig, options: DiTOptions) -> ClassConditionalCo
     """Returns the experiment whose step is timed."""
     size = model.patch_size
     return ClassConditionalConfig(
-        data=LatentDataConfig(batch_size=options.batch_size, row_length=model.grid[0] * model.grid[1]),
+        data=LabelledDataConfig(
+            sampling=FixedSize(model.image_size),
+            row_length=model.grid[0] * model.grid[1],
+            max_segments=1,
+            num_bins=1,
+            batch_size=options.batch_size,
+            num_shards=1,
+        ),
         patch=PatchConfig(size=(1, size, size), channels=model.in_channels),
         model=model,
         process=GaussianConfig(loss="simple"),
         optimizer=OPTIMIZER,
         sample=ClassSampleConfig(labels=(0,), size=model.image_size),
+    )
+
+
+def image_rows(images: NumpyArray, labels: NumpyArray, patch: PatchConfig) -> PackedBatch:
+    """Returns equal images (N, H, W, C), of latents or pixels, as packed rows of one image each."""
+    positions = grid_positions(grid_shape(1, *images.shape[1:3], patch.size), 1.0, patch)
+    text, known = np.zeros((0, 0), TEXT_DTYPE), np.zeros(len(positions), bool)
+    budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
+    return stack_rows(
+        [
+            fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
+            for x, label in zip(images, labels, strict=True)
+        ]
     )
 
 

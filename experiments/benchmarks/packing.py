@@ -30,9 +30,9 @@ from tqdm import tqdm
 from benchmarks.training_step import captions_of, device_name, kernel_name, with_data
 from sora_jax.array_types import PackedBatch
 from sora_jax.commands.train import load_config
-from sora_jax.data.captions import CaptionTable
+from sora_jax.data.captions import CaptionStates
+from sora_jax.data.content import Content, open_data
 from sora_jax.data.packing import Shard
-from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.blockwise_attention import BLOCK
@@ -147,14 +147,14 @@ class Plan:
 def run(options: PackingOptions) -> dict[str, Any]:
     """Runs the suite, prints its table and returns its figures."""
     config = prepare(options)
-    source = open_source(config.data.path, config.data.split)
+    content = open_data(config.data)
     with tempfile.TemporaryDirectory() as folder:
         captions = captions_of(config, Path(folder))
         trainer = Trainer(config)
         rows = []
         for row_length in options.row_lengths:
             scaled = scale_rows(config, row_length)
-            plan = plan_rows(source, captions, scaled, options.rows)
+            plan = plan_rows(content, captions, scaled, options.rows)
             rows += compare(plan, captions, scaled, trainer, options)
     return report(rows, config, options)
 
@@ -178,18 +178,18 @@ def scale_rows(config: SoraConfig, row_length: int) -> SoraConfig:
     )
 
 
-def plan_rows(source: Any, captions: CaptionTable, config: SoraConfig, count: int) -> Plan:
+def plan_rows(content: Content, captions: CaptionStates | None, config: SoraConfig, count: int) -> Plan:
     """Plans `count` rows, by turns from the shards that training would read."""
-    data = config.data
-    shards = [Shard(source, captions, data, config.patch, i, True, data.max_clips) for i in range(data.num_shards)]
+    data, captions = config.data, captions or content.captions
+    shards = [Shard(content, captions, data, config.patch, i, True) for i in range(data.num_shards)]
     progress = tqdm(range(count), desc=f"planning rows of {data.row_length}", unit="row")
     rows = [shards[i % len(shards)].next_plan() for i in progress]
     dropped = sum(sum(shard.skipped.values()) for shard in shards)
-    return Plan(shards[0], source.metadata.captions, rows, dropped, sum(shard.num_reduced for shard in shards))
+    return Plan(shards[0], content.metadata.captions, rows, dropped, sum(shard.num_reduced for shard in shards))
 
 
 def compare(
-    plan: Plan, captions: CaptionTable, config: SoraConfig, trainer: Trainer, options: PackingOptions
+    plan: Plan, captions: CaptionStates | None, config: SoraConfig, trainer: Trainer, options: PackingOptions
 ) -> list[dict[str, Any]]:
     """Times all methods on the clips of a plan; returns a row of the table for each."""
     sizes = token_counts(plan.samples, config)
@@ -244,7 +244,7 @@ def token_counts(samples: list[Sample], config: SoraConfig) -> np.ndarray:
 
 
 def make_methods(
-    plan: Plan, captions: CaptionTable, config: SoraConfig, num_devices: int, num_buckets: int
+    plan: Plan, captions: CaptionStates | None, config: SoraConfig, num_devices: int, num_buckets: int
 ) -> dict[str, list[Shape]]:
     """Lays the clips of a plan out by each method."""
     data, samples = config.data, plan.samples
@@ -285,7 +285,7 @@ def bucket_bounds(sizes: np.ndarray, num_buckets: int) -> np.ndarray:
 def time_steps(
     shapes: list[Shape],
     plan: Plan,
-    captions: CaptionTable,
+    captions: CaptionStates | None,
     config: SoraConfig,
     trainer: Trainer,
     options: PackingOptions,
@@ -306,7 +306,7 @@ def time_steps(
 
 
 def draw_batches(
-    shape: Shape, plan: Plan, captions: CaptionTable, config: SoraConfig, options: PackingOptions
+    shape: Shape, plan: Plan, captions: CaptionStates | None, config: SoraConfig, options: PackingOptions
 ) -> list[PackedBatch]:
     """Decodes `num_steps` batches of a shape, from rows drawn by the seed."""
     rng = np.random.default_rng(options.seed)

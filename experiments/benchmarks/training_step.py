@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from sora_jax.data.captions import CaptionTable
+from sora_jax.data.captions import CaptionStates
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.attention import attention_kernel
 from sora_jax.runs.packed import caption_table
@@ -28,7 +28,7 @@ def with_data(config: SoraConfig, **changes: object) -> SoraConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
-def captions_of(config: SoraConfig, workdir: Path) -> CaptionTable:
+def captions_of(config: SoraConfig, workdir: Path) -> CaptionStates | None:
     """Returns the token states of the data set's captions; see `sora_jax.runs.packed.caption_table`."""
     data = config.data
     splits = (data.split, *(data.eval_splits if config.eval_every else ()))

@@ -14,8 +14,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sora_jax.commands.train import load_config
+from sora_jax.data.content import open_content
 from sora_jax.data.packing import Shard
-from sora_jax.data.sources import open_source
 from sora_jax.families.recognition import ClassificationConfig
 
 
@@ -47,12 +47,12 @@ class WasteOptions:
 def run(options: WasteOptions) -> dict[str, Any]:
     """Runs the suite, prints its table and returns its figures."""
     config = load_config(options.config, ClassificationConfig)
-    source = open_source(options.path, config.data.split)
+    content = open_content(options.path, config.data.split)
     results = []
     for length in options.row_lengths:
         # Rows that are full of the smallest images must not end for want of segments.
-        data = dataclasses.replace(config.data, row_length=length, max_segments=max(length // 2, 1))
-        shard = Shard(source, None, data, config.patch, 0, True, data.max_clips)
+        data = dataclasses.replace(config.data, path=options.path, row_length=length, max_segments=max(length // 2, 1))
+        shard = Shard(content, None, data, config.patch, 0, True)
         rows = [shard.next_plan() for _ in tqdm(range(options.rows), desc=f"rows of {length}", unit="row", delay=2.0)]
         tokens = sum(sample.num_tokens(config.patch) for row in rows for sample in row)
         images = sum(map(len, rows))

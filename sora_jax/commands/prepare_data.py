@@ -3,8 +3,8 @@
 Four sources of clips: the animated Fluent Emoji of npm, captioned by their names (the default data set); 10,000
 handwritten digits of npm, as stills; digits and emoji of npm as stills of any aspect, labelled by class; and any folder
 of clips and pictures with a `captions.jsonl`, whose lines are `{"file": "cat.mp4", "caption": "a cat jumps"}` and may
-name a `"split"` and, all of them or none, the class as a `"label"`. And `latents` encodes the stills of any prepared
-data set once by an image autoencoder (of `convert_checkpoint.py sd-vae`), for models that are trained on latents.
+name a `"split"` and, all of them or none, the class as a `"label"`. And `latents` encodes the stills and clips of any
+prepared data set once by an image autoencoder (of `convert_checkpoint.py sd-vae`), for models of latents.
 
 Examples:
     python experiments/prepare_data.py fluent-emoji --output data
@@ -206,20 +206,25 @@ class FolderCommand:
 
 @dataclasses.dataclass(frozen=True)
 class LatentsCommand:
-    """Latents of the stills of a prepared data set: mean and standard deviation of an image autoencoder's posteriors.
+    """Latents of a prepared data set: mean and standard deviation of an image autoencoder's posteriors.
 
-    Stills are cropped to their middle square and resized as DiT's code does it.
+    Clips are encoded frame by frame. Frames are cropped to their middle square and resized as DiT's code does it, or
+    keep their aspect, each clip at its own size.
 
     Attributes:
         source: directory of the data set, all splits of which are encoded.
         vae: directory of the autoencoder that `convert_checkpoint.py sd-vae` wrote.
         output: directory that will hold `<name>_latents/1.0.0`.
-        image_size: height and width of the images that are encoded, in pixels.
-        views: the image, its mirror image, or both.
+        image_size: side of the square, or longest side, of the frames that are encoded, in pixels.
+        fit: `crop` takes the middle square, `keep` keeps the aspect and enlarges nothing.
+        multiple: that both sides of a frame are rounded to where `fit` is `keep`: the autoencoder's stride times that
+            of the patches loses nothing later. Every size that there is compiles a function.
+        fps: most frames a second that are taken of a clip (None: all).
+        views: the clip, its mirror image, or both.
         dtype: of the stored numbers.
         compute_dtype: of the autoencoder.
-        batch_size: images that a process encodes at once, shared out among its devices.
-        part_size: stills of a file; an interrupted run does one such part again, at most.
+        batch_size: frames that a process encodes at once, shared out among its devices.
+        part_size: frames of a file; an interrupted run does one such part again, at most.
         process_index: number of this process, where several share the work with the same arguments otherwise.
         process_count: processes.
         multihost: this is one of several hosts, each running this command (jax.distributed.initialize()), which says
@@ -231,6 +236,9 @@ class LatentsCommand:
     vae: str
     output: str
     image_size: int = 256
+    fit: Literal["crop", "keep"] = "crop"
+    multiple: int = 16
+    fps: float | None = None
     views: Literal["image", "flip", "both"] = "both"
     dtype: Literal["float16", "float32"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -252,14 +260,12 @@ class LatentsCommand:
         if self.multihost:
             jax.distributed.initialize()
             index, count = jax.process_index(), jax.process_count()
-        options = latents.LatentOptions(self.image_size, self.views, self.dtype, self.part_size)
+        fields = (field.name for field in dataclasses.fields(latents.LatentOptions))
+        options = latents.LatentOptions(**{name: getattr(self, name) for name in fields})
         codec = ImageCodec.from_pretrained(self.vae, self.compute_dtype)
-        _, *size = codec.latent_size(1, self.image_size, self.image_size)
-        num_devices = jax.local_device_count()
-        if self.batch_size % (num_devices * options.num_views):
+        if self.batch_size % jax.local_device_count():
             raise ValueError(
-                f"batch_size must be a multiple of {num_devices} devices times {options.num_views} views, "
-                f"got {self.batch_size}."
+                f"batch_size must be a multiple of {jax.local_device_count()} devices, got {self.batch_size}."
             )
 
         def encode(images: Any) -> tuple[Any, Any]:
@@ -272,7 +278,8 @@ class LatentsCommand:
         report = latents.prepare_latents(
             self.source,
             encode,
-            (*size, codec.channels),
+            codec.strides,
+            codec.channels,
             {"sha256": digest.hexdigest(), "scaling_factor": codec.scale, "compute_dtype": self.compute_dtype},
             self.output,
             options,
@@ -330,14 +337,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def print_latents(report: dict[str, Any], console: Console) -> None:
     """Prints what was encoded."""
-    views, _, height, width, channels = report["shape"]
-    title = f"{report['name']}: {views} x {height} x {width} x {channels} in {report['request']['dtype']}"
-    table = Table("split", "images", "MB", title=title)
+    latents, sides = report["latents"], (report["height"], report["width"])
+    size = " x ".join(f"{side['min']} ... {side['max']}" for side in sides)
+    title = f"{report['name']}: {latents['views']} x {size} x {latents['channels']} in {report['request']['dtype']}"
+    table = Table("split", "clips", "stills", "latent frames", "MB", title=title)
     for split, counts in report["splits"].items():
-        table.add_row(split, f"{counts['num_examples']:,}", f"{report['num_bytes'][split] / 1e6:.1f}")
+        table.add_row(split, *(f"{n:,}" for n in counts.values()), f"{report['num_bytes'][split] / 1e6:.1f}")
     console.print(table)
-    for kind, count in report["num_left_out"].items():
-        console.print(f"left out {count:,}: {kind}")
     print(f"data.path = {report['path']}")
 
 

@@ -1,6 +1,7 @@
 """DiT-S/2, B/2, L/2, XL/2, S/8 and XL/8 (arXiv:2212.09748) on ImageNet at 256x256, with the paper's values.
 
-The model is trained in the latents of the SD-VAE; what differs from size to size is its name and how it is split.
+The model is trained in the latents of the SD-VAE, of the middle squares of the images and of their mirror images, as
+often as the other; what differs from size to size is its name and how it is split.
 
 python experiments/convert_checkpoint.py sd-vae --source sd-vae-ft-ema --output models/sd_vae
 python experiments/prepare_data.py latents --source data/imagenet2012/5.1.0 --vae models/sd_vae --output data
@@ -10,7 +11,7 @@ python experiments/train.py dit_s_2 --data.path data/imagenet2012_latents/1.0.0 
 import dataclasses
 
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
-from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 from sora_jax.models.dit import DIT_SIZES
 
@@ -22,7 +23,16 @@ def config(name: str) -> ClassConditionalConfig:
     size = DIT_SIZES[name]
     patch = size.patch_size
     return ClassConditionalConfig(
-        data=LatentDataConfig(batch_size=256, row_length=(32 // patch) ** 2),
+        data=LabelledDataConfig(
+            sampling=FixedSize((32, 32)),
+            row_length=(32 // patch) ** 2,
+            max_segments=1,
+            num_bins=1,
+            flip=0.5,
+            batch_size=256,
+            num_shards=32,
+            num_workers=4,
+        ),
         patch=PatchConfig(size=(1, patch, patch), channels=4),
         model=dataclasses.replace(size, dtype="bfloat16", remat="full" if name == "dit_xl_2" else "dots"),
         optimizer=OptimizerConfig(

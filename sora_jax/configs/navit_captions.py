@@ -8,7 +8,7 @@ minutes on two cores: the own caption is the nearest for 0.794 of its 68 clips, 
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.labelled import NativeSize, LabelledDataConfig
+from sora_jax.data.labelled import LabelledDataConfig, NativeSize
 from sora_jax.families.recognition import ContrastiveConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ConstantDrop

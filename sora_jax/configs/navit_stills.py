@@ -7,7 +7,7 @@ About an hour on two cores: 0.745 of the held-out images with 45% of the compute
 """
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.labelled import NativeSize, LabelledDataConfig
+from sora_jax.data.labelled import LabelledDataConfig, NativeSize
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ResolutionDrop

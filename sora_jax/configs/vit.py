@@ -2,8 +2,9 @@
 
     python experiments/train.py vit_b_16 --data.path data/imagenet2012/5.1.0 --workdir runs/vit_b_16
 
-The data set is TFDS's, prepared with `--file_format=array_record`. Images are stretched to 224x224: the paper's random
-crops and flips, its dropout and its stochastic depth are left out.
+The data set is TFDS's, prepared with `--file_format=array_record`. Images are cropped and flipped at random as in the
+paper's code; held-out ones are their middle squares, without the margin of 1/16 on each side that it leaves out. The
+paper's dropout and its stochastic depth are left out.
 """
 
 import dataclasses
@@ -24,6 +25,9 @@ def config(name: str) -> ClassificationConfig:
         data=LabelledDataConfig(
             eval_splits=("validation",),
             sampling=FixedSize((224, 224)),
+            crop="random",
+            crop_area=(0.05, 1.0),
+            flip=0.5,
             row_length=(224 // patch) ** 2,
             max_segments=1,
             num_bins=1,

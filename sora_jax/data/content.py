@@ -107,9 +107,7 @@ class PixelContent(_OfOneSource):
     def values(self, clip: int, sample: Sample) -> Float[np.ndarray, "frames height width 3"]:
         """Returns the decoded frames of a sample."""
         m = self.metadata
-        encoded = self.source.read_frames(
-            clip, sample.frame_indices(float(m.fps[clip]), int(m.num_frames[clip]))
-        )
+        encoded = self.source.read_frames(clip, sample.frame_indices(float(m.fps[clip]), int(m.num_frames[clip])))
         try:
             pixels = decode_frames(encoded, sample.height, sample.width, sample.shares(m.height[clip], m.width[clip]))
         except UnreadableClipError as error:
@@ -122,7 +120,7 @@ class PixelContent(_OfOneSource):
 
 
 class LatentContent(_OfOneSource):
-    """Latents drawn from the stored posteriors and scaled: scale (mean + std e), with unit normal e by the sample's seed.
+    """Latents drawn from the stored posteriors and scaled: scale (mean + std e), with normal e by the sample's seed.
 
     A sample is a window of them. Its mirror image is the one that was stored.
 
@@ -257,10 +255,8 @@ def parts_with(data: PackedDataConfig, split: str | None = None) -> list[tuple[M
         split: of all parts that have it (None, or `data.split`: what each is trained on).
 
     Raises:
-        ValueError: there is no data, or in a mixture none has the split.
+        ValueError: in a mixture none has the split.
     """
-    if not data.parts:
-        raise ValueError("data.path is empty: name the directory that experiments/prepare_data.py printed.")
     if split is None or split == data.split:
         return [(part, part.split or data.split) for part in data.parts]
     there = [(part, split) for part in data.parts if not data.mixture or has_split(part.path, split)]

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import BatchConfig
-from sora_jax.data.latents import LatentDataConfig, LatentSource
+from sora_jax.data.content import LatentContent, PixelContent, has_split, open_content
 from sora_jax.data.records import parse_example
-from sora_jax.data.sources import ClipSource, find_dataset, open_records, read_record, read_splits, split_spans
+from sora_jax.data.sources import find_dataset, open_records, read_record, read_splits, split_spans
 
 MOST_BYTES = 256 << 20  # that are read of a split
 MOST_RECORDS, LEAST_RECORDS = 20_000, 64
@@ -38,32 +38,35 @@ def data_fingerprints(data: BatchConfig, splits: Sequence[str]) -> dict[str, str
         splits: names, or what TFDS makes of names (`train[:100]`, `train+unseen`).
 
     Returns:
-        16 hexadecimal digits by the name of each split.
+        16 hexadecimal digits by the name of each split; in a mixture, by the number of the part, a stroke and the name.
 
     Raises:
         ValueError: no such data set or split, or a file of records that is missing or damaged.
     """
     if not hasattr(data, "path"):
         return {}
-    directory = str(find_dataset(data.path))
+    if not getattr(data, "mixture", ()):
+        return _of_one(data.path, splits)
+    found = {}
+    for number, part in enumerate(data.parts):
+        own = [part.split or split if split == data.split else split for split in splits]
+        there = [split for split in own if has_split(part.path, split)]
+        found |= {f"{number}/{split}": value for split, value in _of_one(part.path, there).items()}
+    return found
+
+
+def _of_one(path: str, splits: Sequence[str]) -> dict[str, str]:
+    """Returns a digest of each split of a data set."""
+    directory = str(find_dataset(path))
     known = read_splits(directory)
     names = dict.fromkeys(name for split in splits for name, _, _ in split_spans(known, split, directory))
-    kind = LatentSource if isinstance(data, LatentDataConfig) else ClipSource
-    return {name: _fingerprint(kind(directory, name), known[name]) for name in names}
+    return {name: _fingerprint(open_content(directory, name), known[name]) for name in names}
 
 
-def _fingerprint(source: ClipSource | LatentSource, info: Any) -> str:
+def _fingerprint(content: PixelContent | LatentContent, info: Any) -> str:
     """Returns the digest of a whole split."""
     facts: dict[str, Any] = {"num_records": info.num_examples, "contents": _contents(info)}
-    facts["labels"] = list(source.label_names)
-    if isinstance(source, LatentSource):
-        facts |= {"shape": [source.views, *source.shape], "scaling_factor": source.scaling_factor}
-        facts["dtype"] = source.request["dtype"]
-    else:
-        meta = source.metadata
-        facts |= {"captions": meta.captions, "names": meta.names, "fps": meta.fps.astype(float).tolist()}
-        for name in ("clip_ids", "num_frames", "height", "width", "labels"):
-            facts[f"clip_{name}"] = getattr(meta, name).tolist()
+    facts |= {"labels": list(content.label_names), **content.facts()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

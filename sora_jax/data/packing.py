@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,7 +107,7 @@ class Shard(Iterator[PackedBatch]):
             return grain.MapDataset.source(list(clips)).seed(seed).shuffle().random_map(draw) if clips else None
         of_parts = [
             (start + select_clips(stop - start, part.max_clips, data.clip_seed)[index :: data.num_shards]).tolist()
-            for part, start, stop in zip(data.parts, starts, starts[1:], strict=True)
+            for part, (start, stop) in zip(data.parts, itertools.pairwise(starts), strict=True)
         ]
         if len(of_parts) == 1:
             return grain.MapDataset.source(of_parts[0]).seed(seed).shuffle().repeat().random_map(draw)

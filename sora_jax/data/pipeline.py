@@ -93,9 +93,7 @@ class PackedPipeline(Iterator[PackedBatch]):
         self._data = data
         self._shards = list(range(process_index * owned, (process_index + 1) * owned))
         self._rows_per_shard = data.batch_size // data.num_shards
-        self._open_shard = functools.partial(
-            _open_shard, content, captions, data, patch, repeat=repeat
-        )
+        self._open_shard = functools.partial(_open_shard, content, captions, data, patch, repeat=repeat)
         self._empty_row = fill_row([], **row_budgets(data, patch, captions))
         self._states: dict[int, Any] = {shard: None for shard in self._shards}
         self._restored = False

@@ -108,7 +108,6 @@ class RecordSource:
         Where that cannot be written to, this process alone keeps it, and says so.
         """
 
-
         def whole(metadata: ClipMetadata | None) -> bool:
             counted = metadata is not None and (self._states is None or metadata.caption_tokens is not None)
             return counted and len(metadata) == info.num_examples
@@ -137,7 +136,9 @@ class RecordSource:
     def _row(self, layout: Layout, index: int, serialized: bytes) -> dict[str, Any]:
         """Returns the metadata of a record, with the tokens of its caption where it holds their states."""
         row = layout.row(index, serialized)
-        return row if self._states is None else row | {"caption_tokens": len(self._states.of(parse_example(serialized)))}
+        if self._states is not None:
+            row["caption_tokens"] = len(self._states.of(parse_example(serialized)))
+        return row
 
 
 class ClipSource(RecordSource):

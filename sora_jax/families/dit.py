@@ -23,7 +23,6 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PatchConfig, check
-from sora_jax.data.latents import LatentDataConfig
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels
@@ -82,7 +81,9 @@ class ClassConditionalConfig(ExperimentConfig):
 
     kind: ClassVar[str] = "dit"
 
-    data: LabelledDataConfig | LatentDataConfig = LatentDataConfig()  # noqa: RUF009
+    data: LabelledDataConfig = LabelledDataConfig(  # noqa: RUF009
+        eval_splits=(), sampling=FixedSize((32, 32)), row_length=256, max_segments=1, num_bins=1, flip=0.5
+    )
     patch: PatchConfig = PatchConfig(size=(1, 2, 2), channels=4)  # noqa: RUF009
     model: DiTConfig = DiTConfig()  # noqa: RUF009
     process: GaussianConfig = GaussianConfig(variance="learned", loss="hybrid", discrete=True)  # noqa: RUF009
@@ -112,16 +113,12 @@ class ClassConditionalConfig(ExperimentConfig):
 
     @property
     def makes_pixels(self) -> bool:
-        """Whether the model makes pixels, rather than latents that an autoencoder decodes."""
-        return not isinstance(self.data, LatentDataConfig)
+        """Whether the model makes pixels, grey or RGB, rather than latents that an autoencoder decodes."""
+        return self.model.in_channels in (1, 3) and not self.sample.vae
 
     def _check_data(self) -> None:
         """Raises ValueError where the rows are not such that the model takes."""
         data, patch = self.data, self.model.patch_size
-        if isinstance(data, LatentDataConfig):
-            tokens = math.prod(self.model.grid)
-            check(data.row_length == tokens, data, "row_length", f"the {tokens} patches of the model's image_size")
-            return
         check(data.label == "class", data, "label", "'class': the class is what the model is told")
         check(data.num_frames == 1, data, "num_frames", "1: DiT makes images")
         check(data.text_length == 0, data, "text_length", "0: DiT is told classes, no captions")
@@ -225,8 +222,6 @@ class ClassConditionalTask:
     def forward_flops_of_one(self) -> int | None:
         """Returns the operations of a forward pass of one image; None where images have sizes of their own."""
         data = self.config.data
-        if isinstance(data, LatentDataConfig):
-            return _flops_of_one(self.config.model, self.config.model.image_size)
         return _flops_of_one(self.config.model, data.sampling.size) if isinstance(data.sampling, FixedSize) else None
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import PatchConfig, StudyConfig, check
-from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
 from sora_jax.models import navit, vit, vivit
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.navit import ContrastiveHead, NaViT, NaViTConfig, NaViTOutput

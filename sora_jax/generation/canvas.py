@@ -99,7 +99,7 @@ def blank_segment(
     Args:
         request: the clip.
         clip_id: its place among the requests.
-        text: (m, D), its caption's token states.
+        text: (m, D) float16, its caption's token states.
         patch: how clips are cut.
 
     Raises:

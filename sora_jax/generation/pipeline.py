@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.array_types import TEXT_DTYPE, Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import MeshConfig
 from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
@@ -198,7 +198,9 @@ class SoraPipeline:
         """
         patch = self.config.patch
         captions = list(dict.fromkeys(["", *(request.prompt.strip() for request in requests)]))
-        text = dict(zip(captions, self.text_encoder.encode(captions, self.config.data.max_caption_tokens), strict=True))
+        encoded = self.text_encoder.encode(captions, self.config.data.max_caption_tokens)
+        # Rounded as they were for training.
+        text = {caption: states.astype(TEXT_DTYPE) for caption, states in zip(captions, encoded, strict=True)}
         segments = [blank_segment(r, i, text[r.prompt.strip()], patch) for i, r in enumerate(requests)]
 
         num_devices = self._mesh.size

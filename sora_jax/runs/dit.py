@@ -6,23 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import rich.console
 from etils import epath
 
 from sora_jax.array_types import PyTree
+from sora_jax.data.content import check_content, open_data
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.data.latents import LatentDataConfig, LatentRows, LatentSource
-from sora_jax.data.sources import open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import load_model
 from sora_jax.generation.class_conditional import ClassConditionalSampler
 from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.runs import packed
-
-HELD_OUT_SEED = 20_221_219  # of the latents of held-out splits
 
 
 class DiTRun:
@@ -38,7 +34,7 @@ class DiTRun:
         data_fingerprints: returns digests of the splits that are read.
 
     Raises:
-        ValueError: no data set at `config.data.path`, other classes than the model's, or latents of another size.
+        ValueError: no data set at `config.data.path`, or other channels or classes than the model's.
     """
 
     def __init__(self, config: ClassConditionalConfig, workdir: epath.Path, console: rich.console.Console) -> None:
@@ -48,17 +44,12 @@ class DiTRun:
         data = self.config.data
         splits = (data.split, *(data.eval_splits if config.eval_every else ()))
         self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
-        latents = isinstance(data, LatentDataConfig)
-        source = (LatentSource if latents else open_source)(data.path, data.split)
-        if len(source.label_names) != config.model.num_classes:
+        content = open_data(data)
+        check_content(content, data, config.patch)
+        if len(content.label_names) != config.model.num_classes:
             raise ValueError(
-                f"model.num_classes must be the {len(source.label_names)} classes of {source.path}, "
+                f"model.num_classes must be the {len(content.label_names)} classes of {content.path}, "
                 f"got {config.model.num_classes}."
-            )
-        if latents and source.shape[:2] != config.model.image_size:
-            raise ValueError(
-                f"model.image_size must be that of the latents of {source.path}, {source.shape[:2]}, "
-                f"got {config.model.image_size}."
             )
 
     def initial_params(self, path: str) -> Callable[[], PyTree]:
@@ -67,19 +58,7 @@ class DiTRun:
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the rows of a split: endless where it is trained on."""
-        config = self.config
-        if not isinstance(config.data, LatentDataConfig):
-            return packed.open_pipeline(config, None, split, training)
-        return LatentRows(
-            LatentSource(config.data.path, split),
-            config.patch,
-            seed=config.data.seed if training else HELD_OUT_SEED,
-            batch_size=config.data.batch_size,
-            length=None if training else config.eval_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=config.data.num_workers,
-        )
+        return packed.open_pipeline(self.config, None, split, training)
 
     def sample_sheet(self, params: PyTree) -> np.ndarray:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""

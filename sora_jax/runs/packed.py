@@ -41,20 +41,30 @@ def caption_table(
 ) -> Any:
     """Returns the token states of all captions of some splits; encodes them once and keeps them.
 
-    The table lies beside the data set, or in the run's directory where that cannot be written. Its name is a digest
-    of the captions (as they stand and as they are read), the text encoder and `max_caption_tokens`, so none is ever
-    used for another.
+    There is no table where the records of all of them hold the states: None. Else it lies beside the data set (of a
+    mixture the first), or in the run's directory where that cannot be written. Its name is a digest of the captions (as
+    they stand and as they are read), the text encoder and `max_caption_tokens`, so none is ever used for another.
 
     Raises:
         ValueError: `text_dim`, the model's, is not the text encoder's, or it reads fewer than `max_caption_tokens`.
         OSError: the table can be written neither beside the data nor in `workdir`.
     """
     from sora_jax.data.captions import CaptionTable
-    from sora_jax.data.sources import find_dataset, open_source
+    from sora_jax.data.content import open_data
+    from sora_jax.data.sources import find_dataset
     from sora_jax.models.text.minilm import load_text_encoder
 
-    dataset = find_dataset(data.path)
-    captions = sorted({c for split in splits for c in open_source(data.path, split).metadata.captions})
+    contents = [open_data(data, split) for split in splits]
+    stored = [content.captions for content in contents]
+    if all(states is not None for states in stored):
+        if stored[0].dim != text_dim:
+            raise ValueError(
+                f"text_dim of the model must be the {stored[0].dim} of the caption states in {contents[0].path}, "
+                f"got {text_dim}."
+            )
+        return None
+    dataset = find_dataset(data.parts[0].path)
+    captions = sorted({caption for content in contents for caption in content.metadata.captions})
     encoder = load_text_encoder()
     if encoder.dim != text_dim:
         raise ValueError(f"text_dim of the model must be the text encoder's {encoder.dim}, got {text_dim}.")
@@ -89,7 +99,7 @@ def without_missing_splits(config: C, console: rich.console.Console) -> C:
     """Returns the config without the held-out splits that the data set does not have, and says which these are."""
     from sora_jax.data.sources import split_names
 
-    there = split_names(config.data.path)
+    there = dict.fromkeys(name for part in config.data.parts for name in split_names(part.path))
     missing = [split for split in config.data.eval_splits if split not in there]
     if missing:
         console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)

@@ -16,9 +16,9 @@ from etils import epath
 from tqdm import tqdm
 
 from sora_jax.array_types import Array, PyTree
+from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.labelled import FixedSize
-from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load_model
 from sora_jax.families.recognition import (
@@ -70,9 +70,6 @@ class RecognitionRun:
     unit = ""
 
     def __init__(self, config: RecognitionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
-        from sora_jax.data.pipeline import check_channels
-
-        check_channels(config.patch)
         self.config = packed.without_missing_splits(config, console)
         if not self.config.data.eval_splits:
             asked = ", ".join(config.data.eval_splits) or "nothing"
@@ -85,7 +82,9 @@ class RecognitionRun:
         chosen_on = (config.selection_split,) if config.learning_rates else ()
         self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
         for split in self._splits:
-            check_source(config, open_source(config.data.path, split))
+            content = open_data(self.config.data, split)
+            check_content(content, config.data, config.patch)
+            check_source(config, content)
         self._captions = functools.cache(self._read_captions)
         self.data_fingerprints = functools.partial(data_fingerprints, self.config.data, self._splits)
 
@@ -204,7 +203,7 @@ class RecognitionRun:
                 f"beside must name experiments with as many classes, {config.model.num_classes}, got {name!r} with "
                 f"{other.model.num_classes}."
             )
-        clips = ("path", "split", "eval_splits", "max_clips", "clip_seed")
+        clips = ("path", "mixture", "split", "eval_splits", "max_clips", "clip_seed")
         data = dataclasses.replace(other.data, **{field: getattr(config.data, field) for field in clips})
         shared = ("seed", "num_seeds", "learning_rates", "selection_split")
         return dataclasses.replace(other, data=data, **{field: getattr(config, field) for field in shared})
@@ -251,7 +250,7 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
     return config.model, params["image"] if kind is ContrastiveConfig else params
 
 
-def check_source(config: RecognitionConfig, source: ClipSource) -> None:
+def check_source(config: RecognitionConfig, source: Content) -> None:
     """Raises ValueError where a split has other classes than the model, or images that its positions do not reach.
 
     Images are taken at the largest of `config.test_sides` and of the sides that they are trained at.
@@ -266,12 +265,14 @@ def check_source(config: RecognitionConfig, source: ClipSource) -> None:
                 f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
             )
     if isinstance(model, NaViTConfig):
-        height, width = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
+        most = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
+        least, largest = config.data.crop_aspect if config.data.crop == "random" else (1.0, 1.0)
+        height, width = np.ceil(most * np.sqrt([max(1 / least, 1), max(largest, 1)]))
         frames = math.ceil(config.data.num_frames / config.patch.size[0])
         check_positions(model, grid_positions((frames, int(height), int(width)), config.data.fps, config.patch))
 
 
-def cells(config: RecognitionConfig, source: ClipSource, side: float) -> np.ndarray:
+def cells(config: RecognitionConfig, source: Content, side: float) -> np.ndarray:
     """Returns how many patches each image of a split has along height and width at a side, (N, 2)."""
     sizes = np.stack([source.metadata.height, source.metadata.width], axis=1).astype(float)
     scale = side / np.sqrt(sizes.prod(axis=1, keepdims=True))
@@ -313,7 +314,7 @@ def at_side(
         data = dataclasses.replace(config.data.at_side(side), row_length=math.prod(model.grid))
         return dataclasses.replace(config, model=model, data=data), params
     frames = math.ceil(config.data.num_frames / config.patch.size[0])
-    needed = frames * int(cells(config, open_source(config.data.path, split), side).prod(axis=1).max())
+    needed = frames * int(cells(config, open_data(config.data, split), side).prod(axis=1).max())
     data = dataclasses.replace(config.data.at_side(side), row_length=max(config.data.row_length, needed))
     return dataclasses.replace(config, data=data), params
 

@@ -11,6 +11,7 @@ import rich.console
 from etils import epath
 
 from sora_jax.array_types import PyTree
+from sora_jax.data.content import check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.families.load import load_model
 from sora_jax.families.sora import SoraConfig
@@ -31,14 +32,12 @@ class SoraRun:
         sample_sheet: draws the prompts of `config.sample`.
 
     Raises:
-        ValueError: patches that no pixels can be cut into, or no data set at `config.data.path`.
+        ValueError: no data set at `config.data.path`, or one of other channels than the model's patches.
     """
 
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
-        from sora_jax.data.pipeline import check_channels
-
-        check_channels(config.patch)  # before the captions are encoded, which takes a while
         self.config = packed.without_missing_splits(config, console)
+        check_content(open_data(self.config.data), self.config.data, config.patch)
         self.sample_sheet = SampleSheet(self.config)
         # The captions are encoded once all else has been checked.
         data = self.config.data

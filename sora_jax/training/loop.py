@@ -383,8 +383,9 @@ def _check_data(
     recorded, found = of_hosts[0]
     for process, (_, other) in enumerate(of_hosts):
         if other != found:
+            place = run_directory.place_of(config.data)
             raise ValueError(
-                f"data.path {config.data.path!r} holds other data on host {process} ({other}) than on host 0 ({found})."
+                f"data.path {place!r} holds other data on host {process} ({other}) than on host 0 ({found})."
             )
     notes = run_directory.check_data(workdir, config, recorded, found) if first_step is not None else []
     return {**recorded, **found}, notes if jax.process_index() == 0 else []

@@ -117,8 +117,10 @@ def check_config(
         ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
             is below the step already reached; names the field and both values.
     """
-    before = flatten(dataclasses.asdict(read_config(directory, type(config))))
-    changeable = (*CHANGEABLE, "data.path") if path_may_change else CHANGEABLE
+    own, changeable = read_config(directory, type(config)), CHANGEABLE
+    if path_may_change:
+        own, changeable = _at_places_of(own, config), (*CHANGEABLE, "data.path")
+    before = flatten(dataclasses.asdict(own))
     for name, value in flatten(dataclasses.asdict(config)).items():
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in changeable)
         if value != before[name] and not may_change:
@@ -161,9 +163,23 @@ def write_data(directory: epath.PathLike, fingerprints: Mapping[str, str]) -> No
 
 def write_moved(directory: epath.PathLike, config: ExperimentConfig, fingerprints: Mapping[str, str]) -> None:
     """Records where the data of a finished run is now, and its fingerprints; `config` may differ in other ways."""
-    own = read_config(directory, type(config))
-    write_config(directory, dataclasses.replace(own, data=dataclasses.replace(own.data, path=config.data.path)))
+    write_config(directory, _at_places_of(read_config(directory, type(config)), config))
     write_data(directory, fingerprints)
+
+
+def _at_places_of(own: Config, other: Config) -> Config:
+    """Returns a config whose data lies where that of another does: the path, or those of a mixture's parts."""
+    places = {"path": other.data.path} if hasattr(other.data, "path") else {}
+    mixtures = getattr(own.data, "mixture", ()), getattr(other.data, "mixture", ())
+    if mixtures[0] and len(mixtures[0]) == len(mixtures[1]):
+        parts = zip(*mixtures, strict=True)
+        places["mixture"] = tuple(dataclasses.replace(part, path=there.path) for part, there in parts)
+    return dataclasses.replace(own, data=dataclasses.replace(own.data, **places))
+
+
+def place_of(data: Any) -> str:
+    """Returns where the data of a config lies, for messages."""
+    return ", ".join(part.path for part in data.mixture) if getattr(data, "mixture", ()) else data.path
 
 
 def check_data(
@@ -185,7 +201,7 @@ def check_data(
     """
     if not found:
         return []
-    path, before = config.data.path, read_config(directory, type(config)).data.path
+    path, before = place_of(config.data), place_of(read_config(directory, type(config)).data)
     changed = [split for split, fingerprint in found.items() if recorded.get(split, fingerprint) != fingerprint]
     if changed:
         split = changed[0]

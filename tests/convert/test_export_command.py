@@ -10,7 +10,7 @@ import pytest
 from sora_jax.commands import convert_checkpoint
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import to_json
-from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
 from sora_jax.data.toy import SwissRollConfig
 from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig

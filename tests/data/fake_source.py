@@ -16,6 +16,7 @@ class FakeSource:
 
     def __init__(self, num_clips: int = NUM_CLIPS):
         rng = np.random.default_rng(0)
+        self.path, self.label_names, self.null_states = "fake", (), None
         self.metadata = ClipMetadata(
             clip_ids=np.arange(num_clips),
             num_frames=np.where(np.arange(num_clips) % 4 == 0, 1, rng.integers(20, 72, num_clips)).astype(np.int32),

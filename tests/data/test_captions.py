@@ -25,7 +25,7 @@ def test_a_table_holds_each_caption_once_and_the_null_caption(tmp_path):
         np.testing.assert_array_equal(reopened.lookup("frog"), np.full((6, 3), 4.0))
         np.testing.assert_array_equal(reopened.lengths(["red heart", ""]), [11, 2])
         assert reopened.dim == 3
-        assert reopened.lookup("frog").dtype == np.float32
+        assert reopened.lookup("frog").dtype == np.float16
 
 
 def test_a_failing_encoder_leaves_no_table(tmp_path):

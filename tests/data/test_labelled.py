@@ -5,15 +5,16 @@ import pytest
 from fake_source import FakeSource, caption_table
 
 from sora_jax.config import PatchConfig
-from sora_jax.data.pipeline import PackedPipeline, make_pipeline
+from sora_jax.data.content import PixelContent
 from sora_jax.data.labelled import (
     NO_LABEL,
     TOO_SHORT,
     FixedSize,
-    NativeSize,
     LabelledDataConfig,
+    NativeSize,
     draw_labelled_sample,
 )
+from sora_jax.data.pipeline import PackedPipeline, make_pipeline
 from sora_jax.data.transforms import TOO_LARGE, Sample
 from sora_jax.patches.patchify import grid_shape, num_tokens
 from sora_jax.patches.token_drop import BetaDrop, ConstantDrop
@@ -44,7 +45,7 @@ def draw(data, seed=0, frames=72, height=40, width=80, label=1, patch=PATCH):
 
 def rows(data, repeat=True, captions=None, patch=PATCH):
     return PackedPipeline(
-        SOURCE, captions, data, patch, repeat=repeat, max_clips=None, process_index=0, process_count=1
+        PixelContent(SOURCE), captions, data, patch, repeat=repeat, process_index=0, process_count=1
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def test_dropped_patches_are_those_of_the_places_that_are_missing():
 
     data = dataclasses.replace(NATIVE, sampling=NativeSize((16.0, 24.0), token_drop=ConstantDrop(0.5)))
     pipeline = PackedPipeline(
-        Gradient(), None, data, PATCH, repeat=True, max_clips=None, process_index=0, process_count=1
+        PixelContent(Gradient()), None, data, PATCH, repeat=True, process_index=0, process_count=1
     )
     (batch,) = take(pipeline, 1)
     real = batch.segment_ids > 0
@@ -231,7 +232,7 @@ def test_captions_come_along_where_they_are_asked_for():
 def make_pipeline_on(data, captions):
     import unittest.mock
 
-    with unittest.mock.patch("sora_jax.data.pipeline.open_source", lambda *_: SOURCE):
+    with unittest.mock.patch("sora_jax.data.pipeline.open_data", lambda *_: PixelContent(SOURCE)):
         return make_pipeline(data, PATCH, captions)
 
 

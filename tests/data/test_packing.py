@@ -7,6 +7,7 @@ import pytest
 from fake_source import FakeSource, caption_table
 
 from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import TOO_LONG_CAPTION, Shard
 from sora_jax.patches.patchify import num_tokens
 
@@ -19,9 +20,9 @@ DATA = DataConfig(
 )  # fmt: skip
 
 
-def shard(index=0, repeat=True, max_clips=None, source=SOURCE, **changes):
+def shard(index=0, repeat=True, source=SOURCE, **changes):
     data = DataConfig(**({name: getattr(DATA, name) for name in DATA.__dataclass_fields__} | changes))
-    return Shard(source, CAPTIONS, data, PATCH, index, repeat, max_clips)
+    return Shard(PixelContent(source), CAPTIONS, data, PATCH, index, repeat)
 
 
 def plans(of, count):

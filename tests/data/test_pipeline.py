@@ -13,7 +13,8 @@ from fake_source import FakeSource, caption_table
 
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data import packing
-from sora_jax.data.pipeline import PackedPipeline, make_pipeline
+from sora_jax.data.content import PixelContent
+from sora_jax.data.pipeline import PackedPipeline
 from sora_jax.patches.patchify import num_tokens
 
 SOURCE = FakeSource()
@@ -25,12 +26,10 @@ DATA = dict(
 )  # fmt: skip
 
 
-def pipeline(
-    repeat=True, max_clips=None, process_index=0, process_count=1, source=SOURCE, captions=CAPTIONS, **changes
-):
+def pipeline(repeat=True, process_index=0, process_count=1, source=SOURCE, captions=CAPTIONS, **changes):
     return PackedPipeline(
-        source, captions, DataConfig(**(DATA | changes)), PATCH,
-        repeat=repeat, max_clips=max_clips, process_index=process_index, process_count=process_count,
+        PixelContent(source), captions, DataConfig(**(DATA | changes)), PATCH,
+        repeat=repeat, process_index=process_index, process_count=process_count,
     )  # fmt: skip
 
 
@@ -249,10 +248,11 @@ import sys, time
 sys.path.insert(0, {folder!r})
 from fake_source import FakeSource, caption_table
 from sora_jax.config import DataConfig, PatchConfig
-from sora_jax.data.pipeline import PackedPipeline, make_pipeline
+from sora_jax.data.content import PixelContent
+from sora_jax.data.pipeline import PackedPipeline
 data = DataConfig(row_length=64, num_bins=4, long_side=(16, 16), num_workers=1, prefetch=1)
 source = FakeSource()
-rows = PackedPipeline(source, caption_table(source), data, PatchConfig(), repeat=True, max_clips=None,
+rows = PackedPipeline(PixelContent(source), caption_table(source), data, PatchConfig(), repeat=True,
                       process_index=0, process_count=1)
 next(rows)  # without a __main__ guard
 print(rows._makers[0].process.pid, flush=True)
@@ -293,8 +293,3 @@ def wait_until_gone(pid):
 def test_shards_must_be_shared_out_evenly():
     with pytest.raises(ValueError, match=r"num_shards must be a multiple of the number of hosts \(3\), got 2"):
         pipeline(process_count=3)
-
-
-def test_latents_are_refused():
-    with pytest.raises(ValueError, match=r"patch\.channels must be the 3 of RGB pixels, .* got 16"):
-        make_pipeline(DataConfig(path="nowhere"), PatchConfig(channels=16), CAPTIONS)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
+from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import Shard
 from sora_jax.data.pipeline import PackedPipeline
 from sora_jax.data.records import ClipMetadata
@@ -36,6 +37,7 @@ class GreySource:
     def __init__(self, pause=0.0):
         rng = np.random.default_rng(0)
         self.pause = pause
+        self.path, self.label_names, self.null_states = "grey", (), None
         self.metadata = ClipMetadata(
             clip_ids=np.arange(20),
             num_frames=np.where(np.arange(20) % 3 == 0, 1, 24).astype(np.int32),
@@ -72,12 +74,12 @@ def fake_data(monkeypatch):
         for suite, config in ((packing, CONFIG), (data, dense)):  # dense attention compiles sooner
             monkeypatch.setattr(suite, "load_config", lambda name, kind, config=config: config)
             monkeypatch.setattr(suite, "captions_of", lambda config, folder: caption_table(source))
-        monkeypatch.setattr(packing, "open_source", lambda path, split: source)
+        monkeypatch.setattr(packing, "open_data", lambda data: PixelContent(source))
         monkeypatch.setattr(
             data,
             "make_pipeline",
             lambda d, patch, captions: PackedPipeline(
-                source, captions, d, patch, repeat=True, max_clips=None, process_index=0, process_count=1
+                PixelContent(source), captions, d, patch, repeat=True, process_index=0, process_count=1
             ),
         )
 
@@ -124,7 +126,7 @@ def test_bucket_bounds(sizes, num_buckets, bounds):
 def small_plan():
     source = GreySource()
     config = packing.scale_rows(packing.prepare(packing.PackingOptions()), CONFIG.data.row_length)
-    return packing.plan_rows(source, caption_table(source), config, 30), caption_table(source), config
+    return packing.plan_rows(PixelContent(source), caption_table(source), config, 30), caption_table(source), config
 
 
 def test_every_method_gets_the_same_clips(fake_data):
@@ -221,11 +223,11 @@ def test_waiting_is_seen_and_is_not_work(fake_data, tmp_path, capsys):
 
 def test_a_reader_counts_from_its_restart():
     source = GreySource()
-    captions = caption_table(source)
-    first, second = (Shard(source, captions, CONFIG.data, CONFIG.patch, i, True, None) for i in range(2))
+    captions, content = caption_table(source), PixelContent(source)
+    first, second = (Shard(content, captions, CONFIG.data, CONFIG.patch, i, True) for i in range(2))
     expected = [next(first), next(second)], [next(first), next(second)]
     with PackedPipeline(
-        source, captions, CONFIG.data, CONFIG.patch, repeat=True, max_clips=None, process_index=0, process_count=1
+        content, captions, CONFIG.data, CONFIG.patch, repeat=True, process_index=0, process_count=1
     ) as pipeline:
         reader = data.Reader(pipeline)
         reader.read(1)

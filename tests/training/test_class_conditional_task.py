@@ -13,8 +13,8 @@ from tiny_run import assert_same_runs
 
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import from_json, to_json
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
 from sora_jax.data.latents import LatentDataConfig
-from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
 from sora_jax.models.attention import xla_attention

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.labelled import FixedSize, NativeSize, LabelledDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
 from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.vit import ViTConfig

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import PatchConfig
+from sora_jax.data.content import open_data
 from sora_jax.data.decode import decode_frames
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.data.sources import open_source
@@ -78,7 +79,7 @@ def classify(options: ClassifyOptions) -> None:
         raise ValueError(f"sides are for ViT and NaViT: a ViViT takes clips of one size, got {options.sides}.")
     if isinstance(config.model, NaViTConfig):
         config = dataclasses.replace(config, test_sides=options.sides)
-    check_source(config, open_source(config.data.path, options.split))
+    check_source(config, open_data(config.data, options.split))
     if options.views != (1, 1) and not video:
         raise ValueError(f"views are of ViViT's clips, got {options.views} for a {type(config.model).__name__}.")
     results: dict[str, Any] = {}

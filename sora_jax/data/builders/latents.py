@@ -1,8 +1,8 @@
-"""Latents of the stills of a prepared data set, computed once: the posteriors of an autoencoder, as ArrayRecord.
+"""Latents of a prepared data set, computed once: the posteriors of an autoencoder, as ArrayRecord.
 
-The stills of each split are cut into parts, each a shard of the finished data set; one that is whole is not computed
-again. Several processes share the parts out. The data set is complete, and can be opened, when the first of them has
-written the metadata behind the last part.
+Stills and clips alike are encoded frame by frame. Those of each split are cut into parts, each a shard of the finished
+data set; one that is whole is not computed again. Several processes share the parts out. The data set is complete, and
+can be opened, when the first of them has written the metadata behind the last part.
 
 The autoencoder is a function, so that nothing here knows of models.
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -25,50 +27,77 @@ from tqdm import tqdm
 from sora_jax.array_types import Float, NumpyArray
 from sora_jax.data.builders import writer
 from sora_jax.data.decode import UnreadableClipError, decode_frames
+from sora_jax.data.records import MOST_BYTES, ClipMetadata, write_index
 from sora_jax.data.sources import ClipSource, find_dataset, split_names
 from sora_jax.files import write_whole
 
 VERSION = "1.0.0"
 REPORT, REQUEST = "report.json", "request.json"
 
-Encode = Callable[[Float[np.ndarray, "batch size size 3"]], tuple[NumpyArray, NumpyArray]]
-"""From images in [-1, 1] to mean and standard deviation of their latents, (B, h, w, c) each."""
+Encode = Callable[[Float[np.ndarray, "batch height width 3"]], tuple[NumpyArray, NumpyArray]]
+"""From frames in [-1, 1] to mean and standard deviation of their latents, (B, h, w, c) each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentOptions:
-    """What is stored of each still.
+    """What is stored of each clip.
 
     Attributes:
-        image_size: height and width that it is resized and cropped to, in pixels.
-        views: the still itself, its mirror image, or both.
+        image_size: side of the square, or the longest side, that a frame is resized to, in pixels.
+        fit: `crop` takes the middle square, `keep` keeps the aspect and enlarges nothing.
+        multiple: that both sides of a frame are rounded to where `fit` is `keep`, in pixels.
+        fps: most frames a second that are taken of a clip (None: all).
+        views: the clip itself, its mirror image, or both.
         dtype: of the stored means and standard deviations.
-        part_size: stills of a file.
+        part_size: frames of a file, or one clip where that has more.
     """
 
     image_size: int = 256
+    fit: Literal["crop", "keep"] = "crop"
+    multiple: int = 16
+    fps: float | None = None
     views: Literal["image", "flip", "both"] = "both"
     dtype: Literal["float16", "float32"] = "float32"
     part_size: int = 1024
 
     def __post_init__(self) -> None:
-        for field in ("image_size", "part_size"):
+        for field in ("image_size", "multiple", "part_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
-        if self.views not in ("image", "flip", "both"):
-            raise ValueError(f"views must be image, flip or both, got {self.views!r}.")
-        if self.dtype not in ("float16", "float32"):
-            raise ValueError(f"dtype must be float16 or float32, got {self.dtype!r}.")
+        for field, allowed in (
+            ("fit", ("crop", "keep")),
+            ("views", ("image", "flip", "both")),
+            ("dtype", ("float16", "float32")),
+        ):
+            if getattr(self, field) not in allowed:
+                words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+                raise ValueError(f"{field} must be {words}, got {getattr(self, field)!r}.")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be None or positive and finite, got {self.fps}.")
 
     @property
     def num_views(self) -> int:
-        """Views of a still."""
+        """Views of a clip."""
         return 2 if self.views == "both" else 1
 
     def views_of(self, picture: NumpyArray) -> list[NumpyArray]:
         """Returns the views of a picture (H, W, 3)."""
         both = {"image": picture, "flip": picture[:, ::-1]}
         return list(both.values()) if self.views == "both" else [both[self.views]]
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (height, width) in pixels that a frame is encoded at."""
+        if self.fit == "crop":
+            return self.image_size, self.image_size
+        scale = min(self.image_size / max(height, width), 1.0) / self.multiple
+        return tuple(max(round(side * scale), 1) * self.multiple for side in (height, width))
+
+    def frames_of(self, num_frames: int, fps: float) -> tuple[NumpyArray, float]:
+        """Returns the indices of the frames that are taken of a clip, and how many a second these are."""
+        if self.fps is None or self.fps >= fps:
+            return np.arange(num_frames), fps
+        count = max(int(num_frames / fps * self.fps), 1)
+        return np.minimum(np.arange(count) / self.fps * fps + 1e-4, num_frames - 1).astype(int), self.fps
 
 
 def center_crop(picture: NumpyArray, size: int) -> NumpyArray:
@@ -94,29 +123,34 @@ def center_crop(picture: NumpyArray, size: int) -> NumpyArray:
     return pixels[top : top + size, left : left + size]
 
 
-def latent_features(shape: tuple[int, ...], dtype: str, label_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+def latent_features(num_views: int, channels: int, dtype: str, names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
     """Returns the TFDS features of a record.
 
     Args:
-        shape: (views, 2, h, w, c); of the second axis, 0 is the mean and 1 the standard deviation.
-        dtype: of the latents.
-        label_names: of the classes, in the order of their indices; without any there is no feature `label`.
+        num_views: of a clip.
+        channels: values of a latent cell.
+        dtype: of the latents, (views, 2, T, h, w, channels); of the second axis, 0 is the mean and 1 the standard
+            deviation.
+        names: of the classes, in the order of their indices; without any there is no feature `label`.
     """
+    shape = (num_views, 2, None, None, None, channels)
     return tfds.features.FeaturesDict(
         {
             "clip_id": np.int64,
             "name": tfds.features.Text(),
             "caption": tfds.features.Text(),
+            "fps": np.float32,
             "latents": tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes"),
         }
-        | ({"label": tfds.features.ClassLabel(names=list(label_names))} if label_names else {})
+        | ({"label": tfds.features.ClassLabel(names=list(names))} if names else {})
     )
 
 
 def prepare_latents(
     path: str,
     encode: Encode,
-    latent_shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    channels: int,
     autoencoder: dict[str, Any],
     output: str,
     options: LatentOptions = LatentOptions(),
@@ -124,39 +158,44 @@ def prepare_latents(
     process_index: int = 0,
     process_count: int = 1,
 ) -> dict[str, Any] | None:
-    """Writes the latents of a data set's stills, all splits, under `output`.
+    """Writes the latents of a data set's stills and clips, all splits, under `output`.
 
     Args:
-        path: of the prepared data set, as `ClipSource` takes it. Its clips of several frames are left out.
-        encode: the autoencoder; it is called with the same number of images each time, `batch_size` where that is even.
-        latent_shape: (h, w, c) of an image's latents.
+        path: of the prepared data set, as `ClipSource` takes it.
+        encode: the autoencoder; it is called with `batch_size` frames of one size each time.
+        strides: (1, h, w), frames and pixels that a latent cell stands for.
+        channels: values of a latent cell.
         autoencoder: what the latents depend on of it, as JSON: it is kept in the report, and a restart with another is
-            an error. `scaling_factor` is what `sora_jax.data.latents` multiplies the latents by.
+            an error. `scaling_factor` is what `sora_jax.data.content` multiplies the latents by.
         output: directory that will hold `<name>_latents/1.0.0`.
         options: what is stored.
-        batch_size: images that are encoded at once.
+        batch_size: frames that are encoded at once.
         process_index: number of this process.
         process_count: processes that share the parts out, each with the same arguments. The first waits for the others.
 
     Returns:
-        The report: `name`, `path`, `fingerprint` (of the stills and arguments), `request` (the arguments),
-        `splits` (examples of each), `num_bytes`, `shape` and `num_left_out`; None in the other processes.
+        The report: `name`, `path`, `fingerprint` (of the clips and arguments), `request` (the arguments), `latents`
+        (their views and channels), `splits` (clips, stills and latent frames of each) and `num_bytes`; None in the
+        other processes.
 
     Raises:
-        ValueError: no data set at `path`, no stills in it, a still that cannot be decoded (it is named), or `output`
-            holds another data set of this name.
+        ValueError: no data set at `path`, no clips in it, one that cannot be decoded (it is named), sides that the
+            autoencoder cannot halve, or `output` holds another data set of this name.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be in 0 ... {process_count - 1}, got {process_index}.")
+    side = options.image_size if options.fit == "crop" else options.multiple
+    if any(side % stride for stride in strides[1:]):
+        name = "image_size" if options.fit == "crop" else "multiple"
+        raise ValueError(f"{name} must be a multiple of the autoencoder's strides {tuple(strides[1:])}, got {side}.")
     found = find_dataset(path)
     name = f"{json.loads((found / 'dataset_info.json').read_text())['name']}_latents"
     sources = {split: ClipSource(str(found), split) for split in split_names(str(found))}
-    stills = {split: np.flatnonzero(source.metadata.num_frames == 1) for split, source in sources.items()}
-    stills = {split: indices for split, indices in stills.items() if len(indices)}
-    if not stills:
-        raise ValueError(f"{found} has no stills, but clips of several frames alone.")
+    sources = {split: source for split, source in sources.items() if len(source)}
+    if not sources:
+        raise ValueError(f"{found} has no clips.")
     request = {"source": name.removesuffix("_latents"), "autoencoder": autoencoder} | dataclasses.asdict(options)
     mark = _fingerprint(sources, request)
     target = epath.Path(output) / name / VERSION
@@ -166,40 +205,62 @@ def prepare_latents(
             return report if process_index == 0 else None
     _claim(target, {"fingerprint": mark, "request": request})
 
-    shape = (options.num_views, 2, *latent_shape)
-    parts = [part for split, indices in stills.items() for part in _parts(name, split, indices, options.part_size)]
+    plans = {split: _metadata(source.metadata, strides, options) for split, source in sources.items()}
+    parts = [part for split, plan in plans.items() for part in _parts(name, split, plan, options.part_size)]
     mine = parts[process_index::process_count]
     done = [part for part in mine if writer.is_finished(target / part.file)]
-    count = sum(len(part.indices) for part in mine)
-    with tqdm(total=count, initial=sum(len(p.indices) for p in done), desc="encoding", unit="still", delay=1.0) as bar:
+    count = sum(part.num_frames for part in mine)
+    with tqdm(total=count, initial=sum(p.num_frames for p in done), desc="encoding", unit="frame", delay=1.0) as bar:
         for part in mine:
             if part not in done:
-                latents = _encoded(sources[part.split], part.indices, encode, shape, options, batch_size)
-                records = _records(sources[part.split], part.indices, latents, shape, options, bar)
+                source, plan = sources[part.split], plans[part.split]
+                records = _records(source, plan, part.indices, encode, channels, options, batch_size, bar)
                 writer.write_part(target / part.file, records)
     if process_index > 0:
         return None
     for part in tqdm(parts, desc="waiting for other processes", unit="part", delay=5.0):
         while not writer.is_finished(target / part.file):
             time.sleep(1.0)
-    return _finish(target, name, sources, parts, shape, options, {"fingerprint": mark, "request": request})
+    return _finish(target, name, sources, plans, parts, channels, options, {"fingerprint": mark, "request": request})
+
+
+def _metadata(meta: ClipMetadata, strides: tuple[int, int, int], options: LatentOptions) -> ClipMetadata:
+    """Returns what will be known of the latents of clips: frames, rates and sizes in latent cells."""
+    taken = [options.frames_of(int(n), float(fps)) for n, fps in zip(meta.num_frames, meta.fps, strict=True)]
+    sizes = [options.size_of(int(h), int(w)) for h, w in zip(meta.height, meta.width, strict=True)]
+    cells = np.array(sizes, np.int32).reshape(-1, 2) // np.array(strides[1:], np.int32)
+    return dataclasses.replace(
+        meta,
+        num_frames=np.array([len(frames) for frames, _ in taken], np.int32),
+        fps=np.array([fps for _, fps in taken], np.float32),
+        height=cells[:, 0],
+        width=cells[:, 1],
+        caption_tokens=None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Part:
-    """Stills that one file holds: their indices in a split, and its name."""
+    """Clips that one file holds: their indices in a split, their latent frames together, and its name."""
 
     split: str
     indices: NumpyArray
+    num_frames: int
     file: str
 
 
-def _parts(name: str, split: str, indices: NumpyArray, part_size: int) -> list[_Part]:
-    """Cuts the stills of a split, in their order; files are called as TFDS calls those of a data set."""
-    count = -(-len(indices) // part_size)
+def _parts(name: str, split: str, plan: ClipMetadata, part_size: int) -> list[_Part]:
+    """Cuts the clips of a split, in their order; files are called as TFDS calls those of a data set."""
+    cuts, frames = [0], 0
+    for index, count in enumerate(plan.num_frames.tolist()):
+        if frames and frames + count > part_size:
+            cuts.append(index)
+            frames = 0
+        frames += count
+    ranges = [np.arange(*ends) for ends in itertools.pairwise([*cuts, len(plan)])]
     return [
-        _Part(split, indices[i * part_size : (i + 1) * part_size], writer.shard_name(name, split, i, count))
-        for i in range(count)
+        _Part(split, indices, int(plan.num_frames[indices].sum()), writer.shard_name(name, split, i, len(ranges)))
+        for i, indices in enumerate(ranges)
     ]
 
 
@@ -228,59 +289,69 @@ def _claim(target: epath.Path, mark: dict[str, Any]) -> None:
 
 def _records(
     source: ClipSource,
-    indices: NumpyArray,
-    stored: Iterator[NumpyArray],
-    shape: tuple[int, ...],
-    options: LatentOptions,
-    bar: tqdm,
-) -> Iterator[tuple[int, bytes]]:
-    """Yields the ids and the serialised latents of some stills of a split."""
-    features, meta = latent_features(shape, options.dtype, source.label_names), source.metadata
-    for index, latents in zip(indices, stored, strict=True):
-        example = {
-            "clip_id": int(meta.clip_ids[index]),
-            "name": meta.names[index],
-            "caption": meta.captions[index],
-            "latents": latents,
-        }
-        if source.label_names:
-            example["label"] = int(meta.labels[index])
-        yield example["clip_id"], writer.serialize(features, example)
-        bar.update(1)
-
-
-def _encoded(
-    source: ClipSource,
+    plan: ClipMetadata,
     indices: NumpyArray,
     encode: Encode,
-    shape: tuple[int, ...],
+    channels: int,
     options: LatentOptions,
     batch_size: int,
-) -> Iterator[NumpyArray]:
-    """Yields the latents (views, 2, h, w, c) of each still."""
-    stills_at_once = max(1, batch_size // options.num_views)
-    for begin in range(0, len(indices), stills_at_once):
-        pictures = [_picture(source, int(index)) for index in indices[begin : begin + stills_at_once]]
-        views = [v for p in pictures for v in options.views_of(center_crop(p, options.image_size))]
-        images = np.zeros(
-            (stills_at_once * options.num_views, *views[0].shape), np.float32
-        )  # of one shape: compiled once
-        images[: len(views)] = np.stack(views).astype(np.float32) / 127.5 - 1
-        mean, std = (np.asarray(part, np.float32)[: len(views)] for part in encode(images))
-        with np.errstate(over="ignore"):
-            latents = np.stack([mean, std], axis=1).astype(options.dtype)  # (stills * views, 2, h, w, c)
-        if not np.isfinite(latents).all():
-            raise ValueError(f"the autoencoder gives latents that are not finite in {options.dtype}.")
-        if latents.shape[1:] != shape[1:]:
-            raise ValueError(f"latents must be {shape[2:]}, the autoencoder gives {latents.shape[2:]}.")
-        yield from latents.reshape(-1, *shape)
+    bar: tqdm,
+) -> Iterator[tuple[int, bytes]]:
+    """Yields the ids and the serialised latents of some clips of a split."""
+    features = latent_features(options.num_views, channels, options.dtype, source.label_names)
+    pictures = (view for index in indices for view in _views(source, int(index), options))
+    latents = _encoded(pictures, encode, options.dtype, batch_size)
+    for index in indices:
+        count = int(plan.num_frames[index])
+        frames = np.stack(list(itertools.islice(latents, count * options.num_views)))  # (T * views, 2, h, w, c)
+        shape = (2, int(plan.height[index]), int(plan.width[index]), channels)
+        if frames.shape[1:] != shape:
+            raise ValueError(f"latents must be {shape[1:]}, the autoencoder gives {frames.shape[2:]}.")
+        stored = np.moveaxis(frames.reshape(count, options.num_views, *shape), 0, 2)
+        if stored.nbytes > MOST_BYTES:
+            raise ValueError(
+                f"{plan.names[index]!r} is too large for a record: its latents take {stored.nbytes:,} bytes."
+            )
+        example = {
+            "clip_id": int(plan.clip_ids[index]),
+            "name": plan.names[index],
+            "caption": plan.captions[index],
+            "fps": float(plan.fps[index]),
+            "latents": stored,
+        }
+        if source.label_names:
+            example["label"] = int(plan.labels[index])
+        yield example["clip_id"], writer.serialize(features, example)
+        bar.update(count)
 
 
-def _picture(source: ClipSource, index: int) -> NumpyArray:
-    """Returns a still, (H, W, 3) uint8."""
+def _encoded(pictures: Iterator[NumpyArray], encode: Encode, dtype: str, batch_size: int) -> Iterator[NumpyArray]:
+    """Yields mean and standard deviation, (2, h, w, c), of each picture; those of one size are encoded together."""
+    for shape, run in itertools.groupby(pictures, key=np.shape):
+        while batch := list(itertools.islice(run, batch_size)):
+            images = np.zeros((batch_size, *shape), np.float32)  # always as many: compiled once a size
+            images[: len(batch)] = np.stack(batch).astype(np.float32) / 127.5 - 1
+            mean, std = (np.asarray(part, np.float32)[: len(batch)] for part in encode(images))
+            with np.errstate(over="ignore"):
+                latents = np.stack([mean, std], axis=1).astype(dtype)  # (batch, 2, h, w, c)
+            if not np.isfinite(latents).all():
+                raise ValueError(f"the autoencoder gives latents that are not finite in {dtype}.")
+            yield from latents
+
+
+def _views(source: ClipSource, index: int, options: LatentOptions) -> Iterator[NumpyArray]:
+    """Yields the views of each frame that is taken of a clip, (H, W, 3) uint8."""
     meta = source.metadata
+    size = int(meta.height[index]), int(meta.width[index])
+    frames, _ = options.frames_of(int(meta.num_frames[index]), float(meta.fps[index]))
+    encoded = source.read_frames(index, frames.tolist())
     try:
-        return decode_frames(source.read_frames(index, [0]), int(meta.height[index]), int(meta.width[index]))[0]
+        for data in encoded:
+            if options.fit == "crop":
+                picture = center_crop(decode_frames([data], *size)[0], options.image_size)
+            else:
+                picture = decode_frames([data], *options.size_of(*size))[0]
+            yield from options.views_of(picture)
     except UnreadableClipError as error:
         raise UnreadableClipError(f"{meta.names[index]!r} in {source.path}: {error}") from error
 
@@ -289,8 +360,9 @@ def _finish(
     target: epath.Path,
     name: str,
     sources: dict[str, ClipSource],
+    plans: dict[str, ClipMetadata],
     parts: Sequence[_Part],
-    shape: tuple[int, ...],
+    channels: int,
     options: LatentOptions,
     mark: dict[str, Any],
 ) -> dict[str, Any]:
@@ -301,15 +373,25 @@ def _finish(
     for part in parts:
         files.setdefault(part.split, []).append(writer.Part.read(target / part.file))
     splits = [writer.split_of_parts(split, members) for split, members in files.items()]
-    label_names = next(iter(sources.values())).label_names
-    features = latent_features(shape, options.dtype, label_names)
-    description = f"Latents of the stills of {mark['request']['source']}."
+    features = latent_features(options.num_views, channels, options.dtype, next(iter(sources.values())).label_names)
+    for split, plan in plans.items():
+        write_index(target, split, plan)
+    description = f"Latents of the clips of {mark['request']['source']}."
     writer.write_metadata(target, name, VERSION, features, splits, description)
-    left_out = sum(int((source.metadata.num_frames > 1).sum()) for source in sources.values())
     report = {"name": name, "path": str(target), **mark}
-    report["splits"] = {split.name: {"num_examples": sum(split.lengths)} for split in splits}
+    report["latents"] = {"views": options.num_views, "channels": channels}
+    report["splits"] = {
+        split: {
+            "num_clips": len(plan),
+            "num_stills": int((plan.num_frames == 1).sum()),
+            "num_frames": int(plan.num_frames.sum()),
+        }
+        for split, plan in plans.items()
+    }
     report["num_bytes"] = {split.name: split.num_bytes for split in splits}
-    report |= {"shape": list(shape), "num_left_out": {"clips of several frames": left_out} if left_out else {}}
+    for field in ("height", "width"):
+        sides = np.concatenate([getattr(plan, field) for plan in plans.values()])
+        report[field] = {"min": int(sides.min()), "max": int(sides.max())}
     write_whole(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     for part in parts:
         writer.forget_summary(target / part.file)
