@@ -150,7 +150,7 @@ class PackedDataConfig(BatchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(not (self.path and self.mixture), self, "mixture", "() where path names a data set")
+        check(not (self.path and self.mixture), self, "mixture", "() where path names one")
         check(all(part.path for part in self.mixture), self, "mixture", "data sets with a path each")
         check(self.max_clips is None or not self.mixture, self, "max_clips", "None in a mixture, each part has its own")
         check(0 <= self.flip <= 1, self, "flip", "between 0 and 1")

@@ -1,11 +1,10 @@
-"""Latents computed once: what is stored, restarts, processes that share the work, and batches drawn from it."""
+"""Latents computed once: what is stored of stills and clips, restarts, and processes that share the work."""
 
 import collections
-import contextlib
 import itertools
 import json
 import pathlib
-import threading
+import shutil
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from sora_jax.config_json import to_json
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.latents import LatentOptions, center_crop, prepare_latents
 from sora_jax.data.builders.parts import ClipTask, Encoding
-from sora_jax.data.latents import LatentBatches, LatentSource
+from sora_jax.data.latents import LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
 from sora_jax.models.weights import tensor_bytes
@@ -27,13 +26,15 @@ from sora_jax.provenance import flat_names
 
 SIZE, SHAPE = 8, (2, 2, 3)
 OPTIONS = LatentOptions(SIZE, part_size=3)
+STRIDES = (1, 4, 4)
 AUTOENCODER = {"scaling_factor": 0.5, "sha256": "of the weights"}
 
 
 def encode(images):
     """Mean colours of blocks, with a deviation that depends on them."""
-    assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.float32
-    mean = images.reshape(-1, 2, 4, 2, 4, 3).mean((2, 4))
+    assert images.dtype == np.float32
+    _, height, width, _ = images.shape
+    mean = images.reshape(-1, height // 4, 4, width // 4, 4, 3).mean((2, 4))
     return 3 * mean, 0.2 + 0.1 * mean
 
 
@@ -59,7 +60,7 @@ def pictures(tmp_path_factory):
 
 
 def prepare(pictures, output, encode=encode, options=OPTIONS, autoencoder=AUTOENCODER, batch_size=4, **kwargs):
-    return prepare_latents(pictures, encode, SHAPE, autoencoder, str(output), options, batch_size, **kwargs)
+    return prepare_latents(pictures, encode, STRIDES, 3, autoencoder, str(output), options, batch_size, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -96,50 +97,98 @@ def test_crops_are_those_of_dit():
     assert center_crop(pixels[:5], 11).shape == (11, 11, 3)
 
 
-def test_every_still_is_stored_with_its_mirror_image(pictures, stored):
-    assert stored["name"] == "clip_folder_latents" and stored["shape"] == [2, 2, *SHAPE]
-    assert stored["splits"] == {"train": {"num_examples": 8}, "unseen": {"num_examples": 2}}
-    assert stored["num_left_out"] == {"clips of several frames": 1}
-    assert len(files_of(stored)) == 4  # parts of 3, 3, 2 and 2
+def frames_of(pictures, source, index):
+    """The frames (T, H, W, 3) of a clip, as they were put in."""
+    frames = []
+    with Image.open(pathlib.Path(pictures).parents[2] / "files" / source.metadata.names[index]) as image:
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            frames.append(np.asarray(image.convert("RGB")))
+    return np.stack(frames)
+
+
+def test_every_clip_is_stored_frame_by_frame_with_its_mirror_image(pictures, stored):
+    assert stored["name"] == "clip_folder_latents" and stored["latents"] == {"views": 2, "channels": 3}
+    assert stored["splits"] == {
+        "train": {"num_clips": 9, "num_stills": 8, "num_frames": 10},
+        "unseen": {"num_clips": 2, "num_stills": 2, "num_frames": 2},
+    }
+    assert stored["height"] == {"min": 2, "max": 2}
     for split in ("train", "unseen"):
         clips, source = open_source(pictures, split), LatentSource(stored["path"], split)
-        meta = clips.metadata
-        stills = np.flatnonzero(meta.num_frames == 1)
-        assert len(source) == len(stills) and source.label_names == ("cat", "dog")
-        for i, still in enumerate(stills):
-            with Image.open(pathlib.Path(pictures).parents[2] / "files" / meta.names[still]) as image:
-                crop = center_crop(np.asarray(image.convert("RGB")), SIZE) / np.float32(127.5) - 1
-            mean, std = encode(np.stack([crop, crop[:, ::-1]]))
-            example = source[i]
-            np.testing.assert_allclose(example.mean, mean, atol=1e-6)
-            np.testing.assert_allclose(example.std, std, atol=1e-6)
-            assert (example.label, example.caption, example.name) == (
-                meta.labels[still], meta.captions[still], meta.names[still],
-            )  # fmt: skip
+        meta, own = clips.metadata, source.metadata
+        assert source.label_names == clips.label_names == ("cat", "dog")
+        for name in ("num_frames", "fps", "labels", "clip_ids"):
+            np.testing.assert_array_equal(getattr(own, name), getattr(meta, name))
+        assert (own.captions, own.names) == (meta.captions, meta.names)
+        for i in range(len(clips)):
+            crops = [center_crop(frame, SIZE) for frame in frames_of(pictures, clips, i)]
+            pixels = np.stack(crops).astype(np.float32) / 127.5 - 1
+            for view, turned in enumerate((pixels, pixels[:, :, ::-1])):
+                mean, std = source.posterior(i, view=view)
+                expected = encode(turned)
+                np.testing.assert_allclose(mean, expected[0], atol=1e-6)
+                np.testing.assert_allclose(std, expected[1], atol=1e-6)
+
+
+def test_parts_hold_few_frames_or_one_clip(pictures, stored):
+    assert len(files_of(stored)) == 5  # of 10 frames, the two of a clip together, and of 2 held out
+    assert (pathlib.Path(stored["path"]) / "index-train.json").exists()
+
+
+def test_the_index_is_what_the_records_say(stored, tmp_path):
+    copied = shutil.copytree(stored["path"], tmp_path / "copied")
+    written = LatentSource(str(copied)).metadata
+    (copied / "index-train.json").unlink()
+    found = LatentSource(str(copied)).metadata
+    for name in ("clip_ids", "num_frames", "height", "width", "fps", "labels", "captions", "names"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(written, name))
+
+
+def test_each_clip_keeps_its_own_size_and_a_rate_that_is_asked_for(pictures, tmp_path):
+    options = LatentOptions(16, fit="keep", multiple=4, fps=5.0, views="image", part_size=100)
+    report = prepare(pictures, tmp_path, options=options)
+    clips, source = open_source(pictures), LatentSource(report["path"])
+    own = source.metadata
+    assert len(set(own.height)) > 2 and (report["height"]["max"], report["width"]["max"]) == (4, 3)
+    moving = int(np.flatnonzero(clips.metadata.num_frames > 1)[0])
+    assert (clips.metadata.fps[moving], own.fps[moving], own.num_frames[moving]) == (10, 5, 1)
+    for i in range(len(source)):
+        height, width = clips.metadata.height[i], clips.metadata.width[i]
+        assert (own.height[i], own.width[i]) == tuple(
+            max(round(side * min(16 / max(height, width), 1) / 4), 1) for side in (height, width)
+        )
+        mean, _ = source.posterior(i)
+        assert mean.shape == (own.num_frames[i], own.height[i], own.width[i], 3)
+        if (own.height[i] * 4, own.width[i] * 4) == (height, width):  # not resized
+            expected, _ = encode(frames_of(pictures, clips, i)[:1].astype(np.float32) / 127.5 - 1)
+            np.testing.assert_allclose(mean[:1], expected, atol=1e-6)
 
 
 def test_tfds_reads_it_too(stored):
-    example = tfds.builder_from_directory(stored["path"]).as_data_source("unseen")[1]
-    ours = LatentSource(stored["path"], "unseen")[1]
-    np.testing.assert_array_equal(example["latents"], np.stack([ours.mean, ours.std], axis=1))
-    assert example["label"] == ours.label and example["caption"].decode() == ours.caption
+    example = tfds.builder_from_directory(stored["path"]).as_data_source("train")[3]
+    source = LatentSource(stored["path"])
+    np.testing.assert_array_equal(example["latents"], [source.posterior(3, view=view) for view in (0, 1)])
+    assert example["label"] == source.metadata.labels[3]
+    assert example["caption"].decode() == source.metadata.captions[3]
 
 
 @pytest.mark.parametrize("views", ["image", "flip"])
 def test_one_view_in_half_precision(pictures, stored, tmp_path, views):
-    report = prepare(pictures, tmp_path, options=LatentOptions(SIZE, views, "float16"), batch_size=5)
+    options = LatentOptions(SIZE, views=views, dtype="float16")
+    report = prepare(pictures, tmp_path, options=options, batch_size=5)
     source, both = LatentSource(report["path"]), LatentSource(stored["path"])
+    assert source.layout.views == (views,)
     for i in range(len(both)):
-        expected = both[i].mean[0 if views == "image" else 1]
-        np.testing.assert_array_equal(source[i].mean[0], expected.astype(np.float16))
-        assert source[i].mean.shape == (1, *SHAPE)
+        expected = both.posterior(i, view=0 if views == "image" else 1)
+        np.testing.assert_array_equal(source.posterior(i), expected.astype(np.float16))
 
 
 def test_an_interrupted_run_goes_on(pictures, stored, tmp_path):
     calls = itertools.count(1)
 
     def interrupted(images):
-        if next(calls) == 4:  # two calls of two stills make a part of three
+        if next(calls) == 4:  # two calls of four views make a part of three stills
             raise KeyboardInterrupt
         return encode(images)
 
@@ -156,7 +205,7 @@ def test_an_interrupted_run_goes_on(pictures, stored, tmp_path):
         return encode(images)
 
     report = prepare(pictures, tmp_path, counted)
-    assert calls == [4] * 4  # one part of four is done already
+    assert calls == [4] * 6  # of eight: one part of five is done already
     assert files_of(report) == files_of(stored) and not list(target.glob("*.incomplete"))
     assert prepare(pictures, tmp_path, None) == report  # finished: nothing is encoded
     with pytest.raises(ValueError, match="holds other latents already"):
@@ -181,7 +230,7 @@ def test_processes_share_the_parts(pictures, stored, tmp_path):
 
         report = prepare(pictures, tmp_path, counted, process_index=process, process_count=3)
         assert (report is None) == (process > 0)
-    assert calls == {0: 3, 1: 2, 2: 1}  # parts of 3 and 2 stills, of 3, and of 2; two stills a call
+    assert set(calls) == {0, 1, 2}
     assert files_of(report) == files_of(stored)
 
 
@@ -195,6 +244,8 @@ def test_what_cannot_be_encoded_is_named(pictures, tmp_path):
 
     fails("holds no prepared TFDS data set", source=str(tmp_path))
     fails("batch_size must be at least 1, got 0", batch_size=0)
+    fails("image_size must be a multiple of the autoencoder's strides (4, 4), got 6", options=LatentOptions(6))
+    fails("multiple must be a multiple of the autoencoder's strides (4, 4), got 6", options=LatentOptions(8, "keep", 6))
     fails("process_index must be in 0 ... 1, got 2", process_index=2, process_count=2)
     fails(
         "latents must be (2, 2, 3), the autoencoder gives (1, 2, 3)",
@@ -213,92 +264,14 @@ def test_what_cannot_be_encoded_is_named(pictures, tmp_path):
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"part_size": 0}, "part_size must be at least 1, got 0"),
         ({"views": "none"}, "views must be image, flip or both, got 'none'"),
+        ({"fit": "fill"}, "fit must be crop or keep, got 'fill'"),
+        ({"fps": 0.0}, "fps must be None or positive and finite, got 0.0"),
         ({"dtype": "bfloat16"}, "dtype must be float16 or float32, got 'bfloat16'"),
     ):
         with pytest.raises(ValueError, match=words):
             LatentOptions(**options)
     with pytest.raises(ValueError, match=r"holds no latents; run experiments/prepare_data\.py latents"):
         LatentSource(pictures)
-
-
-def test_an_epoch_has_every_image_once(stored):
-    source = LatentSource(stored["path"])
-    exact = {
-        tuple(np.round(example.mean[view].ravel(), 3)): i
-        for i in range(8)
-        for example in [source[i]]
-        for view in (0, 1)
-    }
-    noiseless = LatentSource(stored["path"])
-    noiseless.sample = lambda index, rng: (source[index].mean[rng.integers(2)], source[index].label)
-    seen = []
-    for batch in LatentBatches(noiseless, 0, 4, length=4):
-        images = [exact[tuple(np.round(latents.ravel(), 3))] for latents in batch.latents]
-        assert batch.labels.tolist() == [source[i].label for i in images] and batch.labels.dtype == np.int32
-        seen += images
-    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8)) and seen[:8] != seen[8:]
-
-
-def test_every_place_has_noise_of_its_own(stored):
-    source = LatentSource(stored["path"])
-    source.sample = lambda index, rng: (rng.standard_normal(1), index)
-    noise = [value for batch in LatentBatches(source, 0, 4, length=6) for value in batch.latents[:, 0]]
-    assert len(set(noise)) == 24
-
-
-def test_threads_make_batches_ahead_and_change_nothing(stored):
-    one = list(LatentBatches(LatentSource(stored["path"]), 3, 6, length=7))
-    source = LatentSource(stored["path"])
-    draw, together, inside = source.sample, threading.Barrier(3), set()
-
-    def sample(index, rng):
-        if len(inside) < 3 and threading.get_ident() not in inside:
-            inside.add(threading.get_ident())
-            together.wait(timeout=30)  # three threads are here at once, or this raises
-        return draw(index, rng)
-
-    source.sample = sample
-    with contextlib.closing(LatentBatches(source, 3, 6, length=7, num_workers=3)) as batches:
-        several = list(batches)
-    jax.tree.map(np.testing.assert_array_equal, several, one)
-    source.sample = lambda index, rng: draw(99, rng)
-    with pytest.raises(IndexError, match="got 99"):
-        next(LatentBatches(source, 3, 6, num_workers=3))
-
-
-def test_latents_are_drawn_from_the_scaled_posterior(stored):
-    source = LatentSource(stored["path"])
-    example = source[3]
-    drawn = np.stack([source.sample(3, np.random.default_rng(i))[0] for i in range(4000)])
-    assert drawn.dtype == np.float32
-    mean = 0.5 * example.mean.mean(0)
-    variance = 0.25 * (example.std**2).mean(0) + 0.25 * example.mean.var(0)  # of two views, each as likely
-    np.testing.assert_allclose(drawn.mean(0), mean, atol=0.05)
-    np.testing.assert_allclose(drawn.var(0), variance, rtol=0.15)
-
-
-def test_going_on_from_a_place_and_sharing_among_hosts(stored):
-    source = LatentSource(stored["path"])
-    expected = list(itertools.islice(LatentBatches(source, 3, 6), 5))
-    batches = LatentBatches(source, 3, 6)
-    next(batches), next(batches)
-    resumed = LatentBatches(LatentSource(stored["path"]), 3, 6)
-    resumed.set_state(json.loads(json.dumps(batches.get_state())))
-    for found, batch in zip(itertools.islice(resumed, 3), expected[2:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, found, batch)
-    assert resumed.summary() == "5 batches of 6 latents"
-    for count in (2, 3):
-        hosts = [LatentBatches(source, 3, 6, process_index=i, process_count=count) for i in range(count)]
-        for batch in expected:
-            parts = [next(host) for host in hosts]
-            jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda *rows: np.concatenate(rows), *parts), batch)
-    assert not np.array_equal(next(LatentBatches(source, 4, 6)).latents, expected[0].latents)
-    with pytest.raises(ValueError, match=r"data.batch_size must be a multiple of the 4 hosts, got 6"):
-        LatentBatches(source, 3, 6, process_count=4)
-    with pytest.raises(ValueError, match=r"split 'train\[:0\]' of .* is empty"):
-        LatentBatches(LatentSource(stored["path"], "train[:0]"), 3, 6)
-    with pytest.raises(IndexError, match=r"index must be in 0 \.\.\. 7, got 8"):
-        source[8]
 
 
 @pytest.fixture(scope="module")
@@ -327,13 +300,16 @@ def test_the_command_encodes_with_an_autoencoder(script, pictures, vae, tmp_path
     report = json.loads((tmp_path / "report.json").read_text())
     assert printed.rstrip().splitlines()[-1] == f"data.path = {report['path']}"
     source, clips = LatentSource(report["path"], "unseen"), open_source(pictures, "unseen")
-    assert source.scaling_factor == config.scaling_factor and len(source.request["autoencoder"]["sha256"]) == 64
+    layout = source.layout
+    assert layout.scaling_factor == config.scaling_factor and len(layout.request["autoencoder"]["sha256"]) == 64
     path = pathlib.Path(pictures).parents[2] / "files" / clips.metadata.names[0]
     crop = center_crop(np.asarray(Image.open(path).convert("RGB")), 8) / np.float32(127.5) - 1
     apply = jax.jit(lambda x: ImageVAE(config).apply({"params": params}, x, method="encode"))
     posterior = apply(np.stack([crop, crop[:, ::-1]] * 2))
-    np.testing.assert_allclose(source[0].mean, posterior.mean[:2], atol=1e-5)
-    np.testing.assert_allclose(source[0].std, posterior.std[:2], rtol=1e-4)
+    for view in (0, 1):
+        mean, std = source.posterior(0, view=view)
+        np.testing.assert_allclose(mean[0], posterior.mean[view], atol=1e-5)
+        np.testing.assert_allclose(std[0], posterior.std[view], rtol=1e-4)
 
     def fails(words, *more):
         assert script([*arguments, *more]) == 1
@@ -341,7 +317,7 @@ def test_the_command_encodes_with_an_autoencoder(script, pictures, vae, tmp_path
         assert words in error and error.count("\n") == 1, error
 
     fails("no image VAE at", "--vae", str(tmp_path))
-    fails("multiples of the codec's strides (1, 2, 2), got (1, 7, 7)", "--image-size", "7")
-    fails("batch_size must be a multiple of 1 devices times 2 views, got 3", "--batch-size", "3")
+    fails("image_size must be a multiple of the autoencoder's strides (2, 2), got 7", "--image-size", "7")
+    fails("batch_size must be at least 1, got 0", "--batch-size", "0")
     fails("holds other latents already", "--dtype", "float16")
     fails("holds no prepared TFDS data set", "--source", str(tmp_path / "nowhere"))

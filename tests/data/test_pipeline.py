@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from fake_source import FakeSource, caption_table
+from rows import assert_equal, take
 
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data import packing
@@ -31,18 +32,6 @@ def pipeline(repeat=True, process_index=0, process_count=1, source=SOURCE, capti
         PixelContent(source), captions, DataConfig(**(DATA | changes)), PATCH,
         repeat=repeat, process_index=process_index, process_count=process_count,
     )  # fmt: skip
-
-
-def take(rows, count):
-    with rows:
-        return [next(rows) for _ in range(count)]
-
-
-def assert_equal(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        for name, x, y in zip(a._fields, a, b, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 REFERENCE = take(pipeline(), 9)
