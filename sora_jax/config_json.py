@@ -37,12 +37,12 @@ def _from_value(annotation: Any, value: Any, path: str) -> Any:
     """Returns `value` as what `annotation` says; ValueError with the dotted `path` where it does not fit."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
+        fields, none, hints = dataclasses.fields(annotation), dataclasses.MISSING, typing.get_type_hints(annotation)
+        hints = {field.name: hints[field.name] for field in fields}
         if not isinstance(value, dict):
             raise ValueError(f"{path}: expected an object, got {value!r}.")
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {', '.join(hints)}.")
-        fields, none = dataclasses.fields(annotation), dataclasses.MISSING
         optional = {f.name for f in fields if f.default is not none or f.default_factory is not none}
         if missing := sorted(set(hints) - set(value) - optional):
             raise ValueError(f"{path}: missing key {missing[0]!r}.")

@@ -16,6 +16,16 @@ def test_json_round_trip_keeps_every_value():
     assert from_json(SoraConfig, to_json(config)) == config
 
 
+def test_a_key_that_an_older_file_lacks_takes_its_default():
+    assert from_json(SoraConfig, edited(data__flip=KeyError, data__mixture=KeyError)) == SoraConfig()
+
+
+def test_a_key_without_a_default_is_needed():
+    text = to_json(c.MixturePart("here")).replace('"path": "here",', "")
+    with pytest.raises(ValueError, match="MixturePart: missing key 'path'"):
+        from_json(c.MixturePart, text)
+
+
 def edited(**changes):
     values = json.loads(to_json(SoraConfig()))
     for path, value in changes.items():
@@ -34,7 +44,6 @@ def edited(**changes):
     ("changes", "message"),
     [
         ({"model__widht": 3}, r"SoraConfig\.model: unknown key 'widht'; the keys are width, depth"),
-        ({"data__seed": KeyError}, r"SoraConfig\.data: missing key 'seed'"),
         ({"model__width": "64"}, r"SoraConfig\.model\.width: expected int, got '64'"),
         ({"model__width": True}, r"SoraConfig\.model\.width: expected int, got True"),
         ({"model__remat": "some"}, r"remat: expected one of 'none', 'dots', 'full', got 'some'"),

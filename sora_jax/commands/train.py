@@ -13,6 +13,7 @@ Examples:
     python experiments/train.py sora_nano --workdir runs/nano --data.path data/fluent_emoji
     python experiments/train.py sora_nano --workdir runs/wide --data.path data/fluent_emoji --model.width 128
     python experiments/train.py my_config.py --workdir runs/tuned --data.path data/mine --init-from runs/nano
+    python experiments/train.py sora_nano --data.mixture data/clips=0.8 data/stills=0.2
     python experiments/train.py sora_nano --dry-run --json plan.json
     python experiments/train.py swiss_roll --json swiss_roll.json
     python experiments/train.py navit_stills --data.path data/stills/1.0.0 --json navit_stills.json
@@ -36,7 +37,7 @@ from etils import epath
 
 from sora_jax.commands.host_memory import keep_freed_memory
 from sora_jax.commands.process import prepare_process
-from sora_jax.config import ExperimentConfig, StudyConfig
+from sora_jax.config import ExperimentConfig, MixturePart, StudyConfig
 from sora_jax.configs import config_names, load_config
 from sora_jax.families.registry import task_for
 from sora_jax.families.sora import SoraConfig
@@ -45,6 +46,30 @@ from sora_jax.runs.costs import step_costs
 from sora_jax.runs.run import make_run, run_class
 from sora_jax.runs.study import mean_over_seeds, report_table
 from sora_jax.training.loop import Outcome, train
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _mixture_part(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Reads a part of `data.mixture` as PATH=WEIGHT; what else it may have is for a config's file to say."""
+    if info.type is not MixturePart:
+        return None
+
+    def read(words: list[str]) -> MixturePart:
+        path, _, weight = words[0].rpartition("=")
+        try:
+            return MixturePart(path, float(weight))
+        except ValueError as error:
+            raise ValueError(f"a part of the mixture must be PATH=WEIGHT, got {words[0]!r}: {error}") from error
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH=WEIGHT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, MixturePart),
+        str_from_instance=lambda part: [f"{part.path}={part.weight:g}"],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +122,15 @@ def parse(argv: list[str]) -> Arguments:
             description=__doc__,
             default=Arguments(name=tyro.MISSING, config=default),
             config=(tyro.conf.AvoidSubcommands,),  # a config's own kinds of data and model
+            registry=_REGISTRY,
         )
     except ValueError as error:  # of the config as a whole; tyro itself reports those of its parts
         unusable(str(error))
     if not arguments.dry_run:
         if arguments.workdir is None:
             arguments = dataclasses.replace(arguments, workdir=f"runs/{pathlib.Path(arguments.name).stem}")
-        if getattr(arguments.config.data, "path", None) == "":
+        data = arguments.config.data
+        if getattr(data, "path", None) == "" and not getattr(data, "mixture", ()):
             unusable("--data.path is needed, the directory of a prepared data set (experiments/prepare_data.py).")
         if arguments.json and not isinstance(arguments.config, StudyConfig):
             unusable("--json belongs to --dry-run here; a run writes its figures to WORKDIR/metrics.jsonl.")

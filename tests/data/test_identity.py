@@ -12,7 +12,6 @@ from test_sources import build, jpeg
 from sora_jax.data import identity
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.images import StillsConfig
-from sora_jax.data.latents import LatentDataConfig
 from sora_jax.data.toy import SwissRollConfig
 
 FEATURES = {
@@ -106,14 +105,3 @@ def test_large_splits_are_known_by_records_evenly_spaced(monkeypatch, changed, n
 
 def test_generated_examples_have_none():
     assert data_fingerprints(SwissRollConfig(), ("train", "held_out")) == {}
-
-
-def test_the_scaling_factor_of_latents_matters(original, copied, monkeypatch):
-    """Latents are the numbers of the records times a factor that stands beside them."""
-
-    def report(factor):
-        request = {"autoencoder": {"scaling_factor": factor}, "dtype": "float32"}
-        (copied / "report.json").write_text(json.dumps({"shape": [2, 2, 4, 4, 3], "request": request}))
-        return data_fingerprints(LatentDataConfig(path=str(copied)), ("train",))["train"]
-
-    assert report(0.5) == report(0.5) != report(0.25)

@@ -170,7 +170,7 @@ def test_what_cannot_be_mixed_is_named(paths, captions, tmp_path):
         (lambda: MixturePart("a", max_clips=0), "max_clips must be None or at least 1, got 0"),
         (
             lambda: DataConfig(path="a", mixture=(MixturePart("b"),)),
-            r"mixture must be \(\) where path names a data set",
+            r"mixture must be \(\) where path names one",
         ),
         (lambda: DataConfig(mixture=(MixturePart(""),)), "mixture must be data sets with a path each"),
         (lambda: DataConfig(mixture=(MixturePart("b"),), max_clips=3), "max_clips must be None in a mixture"),

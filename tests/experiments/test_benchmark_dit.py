@@ -8,13 +8,13 @@ from benchmarks import dit
 
 CONFIG = """
 from sora_jax.config import PatchConfig
-from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 
 def config():
     return ClassConditionalConfig(
-        data=LatentDataConfig(batch_size=2, row_length=16),
+        data=LabelledDataConfig(sampling=FixedSize((8, 8)), batch_size=2, row_length=16, max_segments=1),
         patch=PatchConfig(size=(1, 2, 2), channels=4),
         model=DiTConfig(image_size=(8, 8), width=32, depth=2, num_heads=2, mlp_dim=128, num_classes=5),
         sample=ClassSampleConfig(labels=(0,), size=(8, 8)),

@@ -16,13 +16,16 @@ from sora_jax.provenance import params_hash
 
 CONFIG = """
 from sora_jax.config import OptimizerConfig, PatchConfig
-from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 
 def config():
     return ClassConditionalConfig(
-        data=LatentDataConfig(batch_size=4, row_length=4, eval_splits=("unseen",)),
+        data=LabelledDataConfig(
+            sampling=FixedSize((4, 4)), batch_size=4, row_length=4, max_segments=1, num_bins=1, flip=0.5,
+            eval_splits=("unseen",),
+        ),
         patch=PatchConfig(size=(1, 2, 2), channels=4),
         model=DiTConfig(
             image_size=(4, 4), width=12, depth=1, num_heads=2, mlp_dim=16, num_classes=2, frequency_dim=8,
@@ -50,7 +53,7 @@ def test_from_pictures_to_samples_through_the_autoencoder(tmp_path):
     latents = ["latents", "--source", str(data / "clip_folder"), "--vae", vae, "--image-size", "8"]
     assert prepare_data.main([*latents, "--output", str(data), "--batch-size", "4"]) == 0
     path = data / "clip_folder_latents" / "1.0.0"
-    assert LatentSource(str(path), "train").scaling_factor == VAE.scaling_factor
+    assert LatentSource(str(path), "train").layout.scaling_factor == VAE.scaling_factor
 
     (tmp_path / "config.py").write_text(CONFIG.replace("{vae!r}", repr(vae)))
     run = tmp_path / "run"

@@ -14,7 +14,6 @@ from tiny_run import assert_same_runs
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
-from sora_jax.data.latents import LatentDataConfig
 from sora_jax.families.diffusion import GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
 from sora_jax.models.attention import xla_attention
@@ -160,7 +159,7 @@ def test_resume_is_exact(tmp_path):
 
 def test_useful_operations_are_those_of_the_paper():
     """DiT-S/2 on 32 x 32 latents: 6.06 Gflops in table 4 of the paper, where a flop is a multiply-accumulate."""
-    data = LatentDataConfig(batch_size=8, row_length=256)
+    data = dataclasses.replace(ClassConditionalConfig().data, batch_size=8, row_length=256)
     model = dataclasses.replace(DIT_SIZES["dit_s_2"], dtype="bfloat16", attention="splash")
     config = dataclasses.replace(ClassConditionalConfig(), data=data, model=model)
     totals = {"real_tokens": 5120.0, "examples": 20.0}
@@ -194,7 +193,6 @@ def test_config_round_trips_through_json():
             {"sample": ClassSampleConfig(labels=(0,), size=(4, 4), num_steps=21)},
             "num_steps must be at most the 20 of process.num_levels, got 21",
         ),
-        ({"data": LatentDataConfig(row_length=5)}, "row_length must be the 4 patches of the model's image_size, got 5"),
         (
             {"data": dataclasses.replace(CONFIG.data, label="none")},
             "label must be 'class': the class is what the model is told",
