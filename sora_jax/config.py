@@ -178,6 +178,11 @@ class PackedDataConfig(BatchConfig):
         """The data sets that are read: those of the mixture, or the one at `path`."""
         return self.mixture or (MixturePart(self.path, max_clips=self.max_clips),)
 
+    @property
+    def how_to_fit(self) -> str:
+        """What to change where no clip fits a row."""
+        return f"raise data.row_length ({self.row_length}) or set data.oversize to 'resize'."
+
     def for_evaluation(self: T) -> T:
         """Returns how held-out data is sampled and read: as it is, with every caption, in the main process."""
         crop = "none" if self.crop == "none" else "center"
@@ -210,6 +215,14 @@ class DataConfig(PackedDataConfig):
         check_range(self, "fps", 1e-3)
         check_range(self, "long_side", 1)
         check(0 <= self.still_share <= 1, self, "still_share", "between 0 and 1")
+
+    @property
+    def how_to_fit(self) -> str:
+        """What to change where no clip fits a row."""
+        return (
+            f"raise data.row_length ({self.row_length}) or data.text_length ({self.text_length}), lower "
+            f"data.num_frames {self.num_frames} or data.long_side {self.long_side}, or set data.oversize to 'resize'."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,11 @@ class LabelledDataConfig(PackedDataConfig):
         shared = all(part.still_share is None for part in self.mixture)
         check(shared, self, "mixture", "parts without still_share, where data.num_frames is one number")
 
+    @property
+    def how_to_fit(self) -> str:
+        """What to change where nothing fits a row."""
+        return "choose another data.sampling, data.label or data.row_length."
+
     def for_evaluation(self) -> LabelledDataConfig:
         """Returns how held-out data is sampled: at the largest size and whole."""
         held_out = super().for_evaluation()

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from sora_jax.array_types import TEXT_DTYPE, NumpyArray, PackedBatch
-from sora_jax.config import DataConfig, PackedDataConfig, PatchConfig
+from sora_jax.config import PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionStates
 from sora_jax.data.content import Content
 from sora_jax.data.labelled import LabelledDataConfig, draw_labelled_sample
@@ -148,7 +148,7 @@ class Shard(Iterator[PackedBatch]):
         self._misses += 1
         if self._repeat and self._misses >= MOST_MISSES:
             reasons = ", ".join(sorted({reason for _, reason in self.skipped}))
-            raise ValueError(f"{self._misses} samples in a row were left out ({reasons}); {how_to_fit(self._data)}")
+            raise ValueError(f"{self._misses} samples in a row were left out ({reasons}); {self._data.how_to_fit}")
 
     def next_plan(self) -> list[Sample]:
         """Returns the samples of the next row; StopIteration where the epoch has ended."""
@@ -203,16 +203,6 @@ class Shard(Iterator[PackedBatch]):
 def _of_part(data: PackedDataConfig, still_share: float | None) -> PackedDataConfig:
     """Returns how the samples of a part of the data are drawn."""
     return data if still_share is None else dataclasses.replace(data, still_share=still_share)
-
-
-def how_to_fit(data: PackedDataConfig) -> str:
-    """Returns what to change where no clip fits a row."""
-    if not isinstance(data, DataConfig):
-        return "choose another data.sampling, data.label or data.row_length."
-    return (
-        f"raise data.row_length ({data.row_length}) or data.text_length ({data.text_length}), lower data.num_frames "
-        f"{data.num_frames} or data.long_side {data.long_side}, or set data.oversize to 'resize'."
-    )
 
 
 def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionStates | None) -> dict[str, int]:

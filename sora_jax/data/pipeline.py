@@ -21,7 +21,7 @@ from sora_jax.array_types import PackedBatch
 from sora_jax.config import PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionStates
 from sora_jax.data.content import Content, check_content, open_data
-from sora_jax.data.packing import Shard, how_to_fit, row_budgets
+from sora_jax.data.packing import Shard, row_budgets
 from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
 
@@ -211,7 +211,7 @@ class PackedPipeline(Iterator[PackedBatch]):
         if not self._num_clips:
             raise ValueError("the split has no clips; choose another one or prepare the data again.")
         reasons = ", ".join(sorted({reason for _, reason in self.statistics.skipped})) or "they belong to other hosts"
-        raise ValueError(f"none of {self._num_clips} clips gives a row ({reasons}); {how_to_fit(self._data)}")
+        raise ValueError(f"none of {self._num_clips} clips gives a row ({reasons}); {self._data.how_to_fit}")
 
 
 def make_pipeline(

@@ -122,7 +122,7 @@ class ClassConditionalConfig(ExperimentConfig):
         check(data.label == "class", data, "label", "'class': the class is what the model is told")
         check(data.num_frames == 1, data, "num_frames", "1: DiT makes images")
         check(data.text_length == 0, data, "text_length", "0: DiT is told classes, no captions")
-        if isinstance(data.sampling, FixedSize):
+        if data.sampling.one_size:
             whole = all(side % patch == 0 for side in data.sampling.size)
             check(whole, data.sampling, "size", f"multiples of the patch's {patch}")
             tokens = math.prod(side // patch for side in data.sampling.size)
@@ -222,7 +222,7 @@ class ClassConditionalTask:
     def forward_flops_of_one(self) -> int | None:
         """Returns the operations of a forward pass of one image; None where images have sizes of their own."""
         data = self.config.data
-        return _flops_of_one(self.config.model, data.sampling.size) if isinstance(data.sampling, FixedSize) else None
+        return _flops_of_one(self.config.model, data.sampling.size) if data.sampling.one_size else None
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Returns nothing: the loss says it all."""

@@ -39,9 +39,9 @@ def run(tmp_path, monkeypatch):
     data.mkdir()
 
     def table(captions, encoder):
-        source = types.SimpleNamespace(metadata=types.SimpleNamespace(captions=captions))
+        content = types.SimpleNamespace(metadata=types.SimpleNamespace(captions=captions), captions=None)
         monkeypatch.setattr("sora_jax.data.sources.find_dataset", lambda path: data)
-        monkeypatch.setattr("sora_jax.data.sources.open_source", lambda path, split: source)
+        monkeypatch.setattr("sora_jax.data.content.open_data", lambda data, split: content)
         monkeypatch.setattr("sora_jax.models.text.minilm.load_text_encoder", lambda: encoder)
         console = rich.console.Console(stderr=True)
         return caption_table(DataConfig(path=str(data)), 3, ("train",), workdir, console)

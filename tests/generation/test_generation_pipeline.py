@@ -285,3 +285,16 @@ def test_steps_of_packed_clips_are_their_own():
 def test_a_model_of_latents_is_refused_at_once(with_config):
     with pytest.raises(ValueError, match=r"patch\.channels must be 3 to make RGB pixels, got 16"):
         with_config(patch=PatchConfig(size=(2, 4, 4), channels=16))
+
+
+def test_captions_are_rounded_as_they_are_for_training(tiny_config, pipeline):
+    class Rounded(WordEncoder):
+        def encode(self, captions, max_tokens):
+            return [states.astype(np.float16).astype(np.float32) for states in super().encode(captions, max_tokens)]
+
+    states = WordEncoder().encode(["frog"], 8)[0]
+    assert (states != states.astype(np.float16)).any()
+    rounded = SoraPipeline(tiny_config, random_params(tiny_config), Rounded(), devices=jax.devices()[:1])
+    sizes = dict(num_frames=1, height=8, width=8, fps=8.0)
+    for one, other in zip(*(floats(p, ["frog"], 3, **sizes) for p in (pipeline, rounded)), strict=True):
+        np.testing.assert_array_equal(one, other)
