@@ -38,6 +38,7 @@ from rich.table import Table
 
 from sora_jax.commands.process import prepare_process
 from sora_jax.data.builders import clip_dataset, digits, fluent_emoji, folder, latents, npm, stills
+from sora_jax.data.builders.latent_options import LatentOptions
 from sora_jax.data.builders.listing import printable
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.videos import Interlaced
@@ -223,6 +224,8 @@ class LatentsCommand:
         views: the clip, its mirror image, or both.
         dtype: of the stored numbers.
         compute_dtype: of the autoencoder.
+        caption_tokens: also store the token states of captions, cut to this many, by the released text encoder; a run
+            then encodes no captions (None: leave them out).
         batch_size: frames that a process encodes at once, shared out among its devices.
         part_size: frames of a file; an interrupted run does one such part again, at most.
         process_index: number of this process, where several share the work with the same arguments otherwise.
@@ -242,6 +245,7 @@ class LatentsCommand:
     views: Literal["image", "flip", "both"] = "both"
     dtype: Literal["float16", "float32"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    caption_tokens: int | None = None
     batch_size: int = 16
     part_size: int = 1024
     process_index: int = 0
@@ -260,8 +264,8 @@ class LatentsCommand:
         if self.multihost:
             jax.distributed.initialize()
             index, count = jax.process_index(), jax.process_count()
-        fields = (field.name for field in dataclasses.fields(latents.LatentOptions))
-        options = latents.LatentOptions(**{name: getattr(self, name) for name in fields})
+        fields = (field.name for field in dataclasses.fields(LatentOptions))
+        options = LatentOptions(**{name: getattr(self, name) for name in fields})
         codec = ImageCodec.from_pretrained(self.vae, self.compute_dtype)
         if self.batch_size % jax.local_device_count():
             raise ValueError(
@@ -286,10 +290,24 @@ class LatentsCommand:
             self.batch_size,
             index,
             count,
+            None if self.caption_tokens is None else self._caption_encoder(self.caption_tokens),
         )
         if self.multihost:  # the first one may still be waiting for others' parts
             multihost_utils.sync_global_devices("latents")
         return report
+
+    @staticmethod
+    def _caption_encoder(num_tokens: int) -> latents.CaptionEncoder:
+        """Returns the released text encoder, which cuts captions to so many tokens."""
+        from sora_jax.models.text.minilm import load_text_encoder
+
+        if num_tokens < 2:
+            raise ValueError(f"caption_tokens must be at least 2, got {num_tokens}.")
+        encoder = load_text_encoder()
+        facts = {"encoder": encoder.fingerprint, "max_tokens": num_tokens}
+        return latents.CaptionEncoder(
+            lambda captions: encoder.encode(captions, num_tokens, "--caption-tokens"), encoder.dim, facts
+        )
 
 
 Command = (

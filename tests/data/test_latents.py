@@ -16,8 +16,10 @@ from PIL import Image
 from sora_jax.commands import prepare_data
 from sora_jax.config_json import to_json
 from sora_jax.data.builders import clip_dataset, folder
-from sora_jax.data.builders.latents import LatentOptions, center_crop, prepare_latents
+from sora_jax.data.builders.latent_options import LatentOptions, center_crop
+from sora_jax.data.builders.latents import CaptionEncoder, prepare_latents
 from sora_jax.data.builders.parts import ClipTask, Encoding
+from sora_jax.data.content import open_content
 from sora_jax.data.latents import LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
@@ -163,6 +165,22 @@ def test_each_clip_keeps_its_own_size_and_a_rate_that_is_asked_for(pictures, tmp
         if (own.height[i] * 4, own.width[i] * 4) == (height, width):  # not resized
             expected, _ = encode(frames_of(pictures, clips, i)[:1].astype(np.float32) / 127.5 - 1)
             np.testing.assert_allclose(mean[:1], expected, atol=1e-6)
+
+
+def test_token_states_of_captions_are_stored_where_they_are_asked_for(pictures, tmp_path):
+    def letters(captions):
+        return [np.array([[1 / 3, ord(letter)] for letter in f"^{caption}$"], np.float32) for caption in captions]
+
+    report = prepare(pictures, tmp_path, captions=CaptionEncoder(letters, 2, {"encoder": "letters"}))
+    content = open_content(report["path"], "unseen")
+    states = content.captions
+    for i, caption in enumerate(content.metadata.captions):
+        np.testing.assert_array_equal(states.lookup(caption), letters([caption])[0].astype(np.float16))
+        assert content.metadata.caption_tokens[i] == len(caption) + 2
+    np.testing.assert_array_equal(states.lookup(""), letters([""])[0].astype(np.float16))
+    assert report["request"]["captions"] == {"encoder": "letters"}
+    with pytest.raises(ValueError, match="holds other latents already"):
+        prepare(pictures, tmp_path)
 
 
 def test_tfds_reads_it_too(stored):

@@ -207,7 +207,8 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, pathlib
 from test_writer import *
-from sora_jax.data.builders.latents import LatentOptions, prepare_latents
+from sora_jax.data.builders.latent_options import LatentOptions
+from sora_jax.data.builders.latents import prepare_latents
 
 noise = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)).save(noise, "JPEG", quality=100)
@@ -218,7 +219,8 @@ def stills(task, encoding):
 root, count = pathlib.Path(sys.argv[2]), int(sys.argv[3])
 report = prepare(tasks_of(root / "files", count), root / "data", stills)
 encode = lambda images: (np.repeat(images, 8, -1), np.repeat(np.abs(images), 8, -1))
-prepare_latents(report["path"], encode, (64, 64, 24), {}, str(root / "latents"), LatentOptions(64, part_size=16), 4)
+options = LatentOptions(64, part_size=16)
+prepare_latents(report["path"], encode, (1, 1, 1), 24, {}, str(root / "latents"), options, 4)
 print(sum(report["num_bytes"].values()) >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from sora_jax.config import MixturePart, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
-from sora_jax.data.builders.latents import LatentOptions, prepare_latents
+from sora_jax.data.builders.latent_options import LatentOptions
+from sora_jax.data.builders.latents import prepare_latents
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import open_content

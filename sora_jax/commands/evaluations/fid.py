@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sora_jax.config_json import to_json
 from sora_jax.convert.efficientnet import load_efficientnet
-from sora_jax.data.builders.latents import center_crop
+from sora_jax.data.builders.latent_options import center_crop
 from sora_jax.data.decode import decode_frames
 from sora_jax.data.pictures import read_picture
 from sora_jax.data.sources import ClipSource, open_source

@@ -13,20 +13,20 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
 from tqdm import tqdm
 
-from sora_jax.array_types import Float, NumpyArray
+from sora_jax.array_types import TEXT_DTYPE, Float, NumpyArray
 from sora_jax.data.builders import writer
+from sora_jax.data.builders.latent_options import LatentOptions, center_crop
 from sora_jax.data.decode import UnreadableClipError, decode_frames
+from sora_jax.data.layout import NULL_STATES, STATES_KEY
 from sora_jax.data.records import MOST_BYTES, ClipMetadata, write_index
 from sora_jax.data.sources import ClipSource, find_dataset, split_names
 from sora_jax.files import write_whole
@@ -38,92 +38,23 @@ Encode = Callable[[Float[np.ndarray, "batch height width 3"]], tuple[NumpyArray,
 """From frames in [-1, 1] to mean and standard deviation of their latents, (B, h, w, c) each."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentOptions:
-    """What is stored of each clip.
+class CaptionEncoder(NamedTuple):
+    """What gives the token states of captions, where the records hold them.
 
     Attributes:
-        image_size: side of the square, or the longest side, that a frame is resized to, in pixels.
-        fit: `crop` takes the middle square, `keep` keeps the aspect and enlarges nothing.
-        multiple: that both sides of a frame are rounded to where `fit` is `keep`, in pixels.
-        fps: most frames a second that are taken of a clip (None: all).
-        views: the clip itself, its mirror image, or both.
-        dtype: of the stored means and standard deviations.
-        part_size: frames of a file, or one clip where that has more.
+        encode: from captions to their token states, (m, dim) each.
+        dim: width of a token state.
+        facts: what the states depend on, as JSON: it is kept in the report, and a restart with another is an error.
     """
 
-    image_size: int = 256
-    fit: Literal["crop", "keep"] = "crop"
-    multiple: int = 16
-    fps: float | None = None
-    views: Literal["image", "flip", "both"] = "both"
-    dtype: Literal["float16", "float32"] = "float32"
-    part_size: int = 1024
-
-    def __post_init__(self) -> None:
-        for field in ("image_size", "multiple", "part_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
-        for field, allowed in (
-            ("fit", ("crop", "keep")),
-            ("views", ("image", "flip", "both")),
-            ("dtype", ("float16", "float32")),
-        ):
-            if getattr(self, field) not in allowed:
-                words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-                raise ValueError(f"{field} must be {words}, got {getattr(self, field)!r}.")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be None or positive and finite, got {self.fps}.")
-
-    @property
-    def num_views(self) -> int:
-        """Views of a clip."""
-        return 2 if self.views == "both" else 1
-
-    def views_of(self, picture: NumpyArray) -> list[NumpyArray]:
-        """Returns the views of a picture (H, W, 3)."""
-        both = {"image": picture, "flip": picture[:, ::-1]}
-        return list(both.values()) if self.views == "both" else [both[self.views]]
-
-    def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """Returns (height, width) in pixels that a frame is encoded at."""
-        if self.fit == "crop":
-            return self.image_size, self.image_size
-        scale = min(self.image_size / max(height, width), 1.0) / self.multiple
-        return tuple(max(round(side * scale), 1) * self.multiple for side in (height, width))
-
-    def frames_of(self, num_frames: int, fps: float) -> tuple[NumpyArray, float]:
-        """Returns the indices of the frames that are taken of a clip, and how many a second these are."""
-        if self.fps is None or self.fps >= fps:
-            return np.arange(num_frames), fps
-        count = max(int(num_frames / fps * self.fps), 1)
-        return np.minimum(np.arange(count) / self.fps * fps + 1e-4, num_frames - 1).astype(int), self.fps
+    encode: Callable[[list[str]], Sequence[NumpyArray]]
+    dim: int
+    facts: dict[str, Any]
 
 
-def center_crop(picture: NumpyArray, size: int) -> NumpyArray:
-    """Returns the middle of a picture as DiT and ADM (arXiv:2105.05233, its code) train on it.
-
-    It is halved by a box filter while its short side is at least twice `size`, resized so that this side is `size` by a
-    bicubic filter, and cropped.
-
-    Args:
-        picture: (H, W, 3) uint8.
-        size: height and width of the result, in pixels.
-
-    Returns:
-        (size, size, 3) uint8.
-    """
-    image = Image.fromarray(picture)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
-    top, left = ((n - size) // 2 for n in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size]
-
-
-def latent_features(num_views: int, channels: int, dtype: str, names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+def latent_features(
+    num_views: int, channels: int, dtype: str, names: Sequence[str] = (), states_dim: int = 0
+) -> tfds.features.FeaturesDict:
     """Returns the TFDS features of a record.
 
     Args:
@@ -132,6 +63,7 @@ def latent_features(num_views: int, channels: int, dtype: str, names: Sequence[s
         dtype: of the latents, (views, 2, T, h, w, channels); of the second axis, 0 is the mean and 1 the standard
             deviation.
         names: of the classes, in the order of their indices; without any there is no feature `label`.
+        states_dim: width of the token states of captions, 0 where they are not stored.
     """
     shape = (num_views, 2, None, None, None, channels)
     return tfds.features.FeaturesDict(
@@ -143,6 +75,11 @@ def latent_features(num_views: int, channels: int, dtype: str, names: Sequence[s
             "latents": tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes"),
         }
         | ({"label": tfds.features.ClassLabel(names=list(names))} if names else {})
+        | (
+            {STATES_KEY: tfds.features.Tensor(shape=(None, states_dim), dtype=TEXT_DTYPE, encoding="bytes")}
+            if states_dim
+            else {}
+        )
     )
 
 
@@ -153,10 +90,11 @@ def prepare_latents(
     channels: int,
     autoencoder: dict[str, Any],
     output: str,
-    options: LatentOptions = LatentOptions(),
+    options: LatentOptions,
     batch_size: int = 16,
     process_index: int = 0,
     process_count: int = 1,
+    captions: CaptionEncoder | None = None,
 ) -> dict[str, Any] | None:
     """Writes the latents of a data set's stills and clips, all splits, under `output`.
 
@@ -172,6 +110,7 @@ def prepare_latents(
         batch_size: frames that are encoded at once.
         process_index: number of this process.
         process_count: processes that share the parts out, each with the same arguments. The first waits for the others.
+        captions: encodes captions, whose token states the records then hold too.
 
     Returns:
         The report: `name`, `path`, `fingerprint` (of the clips and arguments), `request` (the arguments), `latents`
@@ -197,6 +136,7 @@ def prepare_latents(
     if not sources:
         raise ValueError(f"{found} has no clips.")
     request = {"source": name.removesuffix("_latents"), "autoencoder": autoencoder} | dataclasses.asdict(options)
+    request |= {"captions": captions.facts} if captions else {}
     mark = _fingerprint(sources, request)
     target = epath.Path(output) / name / VERSION
     if (target / REPORT).exists():
@@ -214,14 +154,15 @@ def prepare_latents(
         for part in mine:
             if part not in done:
                 source, plan = sources[part.split], plans[part.split]
-                records = _records(source, plan, part.indices, encode, channels, options, batch_size, bar)
+                records = _records(source, plan, part.indices, encode, captions, channels, options, batch_size, bar)
                 writer.write_part(target / part.file, records)
     if process_index > 0:
         return None
     for part in tqdm(parts, desc="waiting for other processes", unit="part", delay=5.0):
         while not writer.is_finished(target / part.file):
             time.sleep(1.0)
-    return _finish(target, name, sources, plans, parts, channels, options, {"fingerprint": mark, "request": request})
+    mark = {"fingerprint": mark, "request": request}
+    return _finish(target, name, sources, plans, parts, captions, channels, options, mark)
 
 
 def _metadata(meta: ClipMetadata, strides: tuple[int, int, int], options: LatentOptions) -> ClipMetadata:
@@ -292,13 +233,17 @@ def _records(
     plan: ClipMetadata,
     indices: NumpyArray,
     encode: Encode,
+    captions: CaptionEncoder | None,
     channels: int,
     options: LatentOptions,
     batch_size: int,
     bar: tqdm,
 ) -> Iterator[tuple[int, bytes]]:
     """Yields the ids and the serialised latents of some clips of a split."""
-    features = latent_features(options.num_views, channels, options.dtype, source.label_names)
+    dim = captions.dim if captions else 0
+    features = latent_features(options.num_views, channels, options.dtype, source.label_names, dim)
+    distinct = sorted({plan.captions[index] for index in indices})
+    states = dict(zip(distinct, captions.encode(distinct), strict=True)) if captions else {}
     pictures = (view for index in indices for view in _views(source, int(index), options))
     latents = _encoded(pictures, encode, options.dtype, batch_size)
     for index in indices:
@@ -321,6 +266,8 @@ def _records(
         }
         if source.label_names:
             example["label"] = int(plan.labels[index])
+        if captions:
+            example[STATES_KEY] = states[plan.captions[index]].astype(TEXT_DTYPE)
         yield example["clip_id"], writer.serialize(features, example)
         bar.update(count)
 
@@ -362,6 +309,7 @@ def _finish(
     sources: dict[str, ClipSource],
     plans: dict[str, ClipMetadata],
     parts: Sequence[_Part],
+    captions: CaptionEncoder | None,
     channels: int,
     options: LatentOptions,
     mark: dict[str, Any],
@@ -373,9 +321,14 @@ def _finish(
     for part in parts:
         files.setdefault(part.split, []).append(writer.Part.read(target / part.file))
     splits = [writer.split_of_parts(split, members) for split, members in files.items()]
-    features = latent_features(options.num_views, channels, options.dtype, next(iter(sources.values())).label_names)
-    for split, plan in plans.items():
-        write_index(target, split, plan)
+    names, dim = next(iter(sources.values())).label_names, captions.dim if captions else 0
+    features = latent_features(options.num_views, channels, options.dtype, names, dim)
+    if captions:  # how many tokens each caption has is counted when the data set is first opened
+        with (target / NULL_STATES).open("wb") as file:
+            np.save(file, captions.encode([""])[0].astype(TEXT_DTYPE))
+    else:
+        for split, plan in plans.items():
+            write_index(target, split, plan)
     description = f"Latents of the clips of {mark['request']['source']}."
     writer.write_metadata(target, name, VERSION, features, splits, description)
     report = {"name": name, "path": str(target), **mark}
