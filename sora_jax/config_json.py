@@ -18,7 +18,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type[T], text: str) -> T:
-    """Reads what `to_json` wrote. A key may be missing where its default is None: the file is older than the field.
+    """Reads what `to_json` wrote. A key may be missing where it has a default: the file is older than the field.
 
     Raises:
         ValueError: another version, an unknown or a missing key, or a value that its field does not allow, each
@@ -42,7 +42,7 @@ def _from_value(annotation: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}: expected an object, got {value!r}.")
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {', '.join(hints)}.")
-        optional = {field.name for field in dataclasses.fields(annotation) if field.default is None}
+        optional = {f.name for f in dataclasses.fields(annotation) if f.default is not dataclasses.MISSING}
         if missing := sorted(set(hints) - set(value) - optional):
             raise ValueError(f"{path}: missing key {missing[0]!r}.")
         return annotation(

@@ -15,6 +15,7 @@ from sora_jax.array_types import Float, Int, NumpyArray, PackedBatch
 from sora_jax.config import BatchConfig, PatchConfig, check
 from sora_jax.data.records import parse_example
 from sora_jax.data.sources import find_dataset, open_records, read_record, read_splits, split_spans
+from sora_jax.patches.levels import one_level
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
@@ -292,11 +293,11 @@ def image_rows(
 ) -> PackedBatch:
     """Returns equal images (of latents or pixels), whole patches of each, as packed rows of one image each."""
     positions = grid_positions(grid_shape(1, *images.shape[1:3], patch.size), 1.0, patch)
-    text, known = np.zeros((0, 0), np.float32), np.zeros(len(positions), bool)
+    text, levels = np.zeros((0, 0), np.float32), one_level(len(positions))
     budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
     return stack_rows(
         [
-            fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
+            fill_row([Segment(patchify(x[None], patch.size), positions, text, levels, 0, int(label))], **budgets)
             for x, label in zip(images, labels, strict=True)
         ]
     )

@@ -7,6 +7,7 @@ place is the packer's, so it is small, restoring decodes nothing, and it is exac
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from sora_jax.data.decode import UnreadableClipError, decode_frames
 from sora_jax.data.recognition import RecognitionDataConfig, draw_recognition_sample
 from sora_jax.data.sources import ClipSource
 from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, select_clips
+from sora_jax.patches.levels import TABLES, num_levels, segment_levels
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row
@@ -91,7 +93,8 @@ class Shard(Iterator[PackedBatch]):
                 grain.experimental.BestFitPackIterDataset(
                     plans.to_iter_dataset(options),
                     length_struct={"patches": data.row_length, "sample": data.max_segments}
-                    | ({"text": data.text_length} if captions is not None else {}),
+                    | ({"text": data.text_length} if captions is not None else {})
+                    | ({"levels": data.max_levels} if data.max_levels is not None else {}),
                     num_packing_bins=data.num_bins,
                     seed=data.seed,
                 )
@@ -113,6 +116,9 @@ class Shard(Iterator[PackedBatch]):
             if text > self._data.text_length:
                 return self._leave_out(clip, TOO_LONG_CAPTION)
             needs["text"] = np.zeros(text, np.uint8)
+        if self._data.max_levels is not None:
+            frames = math.ceil(sample.num_frames / self._patch.size[0])
+            needs["levels"] = np.zeros(num_levels(TABLES[sample.table], frames), np.uint8)
         self._misses = 0
         self.num_reduced += sample.reduced
         return needs
@@ -155,10 +161,11 @@ class Shard(Iterator[PackedBatch]):
         grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
         positions = grid_positions(grid, sample.fps, self._patch)
         extent = positions.max(axis=0) + 1
+        frames = np.repeat(np.arange(grid[0]), grid[1] * grid[2])
         if sample.num_kept:
             rng = np.random.default_rng(sample.drop_seed)
             kept = kept_tokens(rng, len(patches), 1 - sample.num_kept / len(patches))
-            patches, positions = patches[kept], positions[kept]
+            patches, positions, frames = patches[kept], positions[kept], frames[kept]
         if self._captions is None:
             text = np.zeros((0, 0), np.float32)
         else:
@@ -167,7 +174,7 @@ class Shard(Iterator[PackedBatch]):
             patches=patches,
             positions=positions,
             text=text,
-            known=np.zeros(len(patches), bool),
+            levels=segment_levels(TABLES[sample.table], frames, grid[0]),
             clip_id=sample.clip,
             label=sample.label,
             extent=extent,
@@ -199,6 +206,7 @@ def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionTab
         "row_length": data.row_length,
         "text_length": data.text_length,
         "max_segments": data.max_segments,
+        "max_levels": data.num_levels,
         "patch_dim": patch.dim,
         "text_dim": captions.dim if captions is not None else 0,
     }

@@ -34,6 +34,7 @@ class Sample:
         label: class, -1 for none.
         num_kept: patches that are kept, 0 for all.
         drop_seed: of the draw of these.
+        table: of its noise levels, a place of `sora_jax.patches.levels.TABLES`.
         reduced: whether it was made smaller than drawn to fit a row; the row that is packed does not say.
     """
 
@@ -48,6 +49,7 @@ class Sample:
     label: int = -1
     num_kept: int = 0
     drop_seed: int = 0
+    table: int = 0
     reduced: bool = False
 
     def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
@@ -71,7 +73,7 @@ class Sample:
         return cls(*(kind(value) for kind, value in zip(_ROW, row, strict=True)))
 
 
-_ROW = (int, float, int, float, int, int, bool, float, int, int, int)  # of the fields but the last
+_ROW = (int, float, int, float, int, int, bool, float, int, int, int, int)  # of the fields but the last
 
 
 def fit_size(
@@ -131,7 +133,7 @@ def draw_sample(
     Returns:
         The sample, or None where it does not fit a row and `data.oversize` is `skip` (or nothing smaller fits).
     """
-    still, frames, rate, side, start, dropped = rng.random(6)
+    still, frames, rate, side, start, dropped, table = rng.random(7)
     fps = min(_log_uniform(rate, *data.fps), clip_fps)
     if clip_frames == 1 or still < data.still_share:
         num_frames = 1
@@ -147,8 +149,16 @@ def draw_sample(
         size = fit_size(height, width, long_side, patch, num_frames, data.row_length) if resize else None
     if size is None:
         return None
+    bounds = 1 - data.known_first_share - data.free_frames_share, 1 - data.free_frames_share
     return Sample(
-        clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced=reduced
+        clip,
+        start * last_start,
+        num_frames,
+        fps,
+        *size,
+        bool(dropped < data.caption_dropout),
+        table=int(np.searchsorted(bounds, table, side="right")),
+        reduced=reduced,
     )
 
 

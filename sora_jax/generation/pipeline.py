@@ -18,17 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.array_types import Array, Float, Int, NumpyArray, PackedBatch, PyTree
 from sora_jax.config import MeshConfig, SoraConfig
 from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sample, sample_chunk, start
-from sora_jax.diffusion.schedules import flow_times
-from sora_jax.generation.canvas import ClipRequest, blank_segment, is_number, make_requests, pack_canvas, unpack_clips
+from sora_jax.diffusion.schedules import flow_times, start_at
+from sora_jax.generation.canvas import (
+    CLEAN,
+    ClipRequest,
+    canvas_segment,
+    is_number,
+    make_requests,
+    pack_canvas,
+    unpack_clips,
+)
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
-from sora_jax.pixels import check_steps, to_pixels
+from sora_jax.pixels import check_steps, from_pixels, to_pixels
 
 DEFAULT_MODEL = epath.Path(__file__).parent.parent / "assets" / "sora_emoji"
 LONGEST_CHUNK = 5  # sampler steps in one compiled scan, and between two calls of `progress`
@@ -128,9 +136,13 @@ class SoraPipeline:
         width: int | Sequence[int] | None = None,
         fps: float | Sequence[float] | None = None,
         num_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         sampler: str = "euler",
+        strength: float | Sequence[float] = 1.0,
+        known_frames: int | Sequence[int] = 0,
+        stagger: int | Sequence[int] = 0,
+        content: Sequence[NumpyArray | None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[np.ndarray]:
         """Makes one clip a prompt.
@@ -140,8 +152,8 @@ class SoraPipeline:
         Args:
             prompts: captions; an empty one gives an unconditional sample. Cut to the model's caption length with a
                 warning.
-            num_frames: of the clips, one value or one for each prompt (so `height`, `width`, `fps` and `seed`);
-                1 is an image.
+            num_frames: of the clips, one value or one for each prompt (so all that follow, but for `num_steps` and
+                `sampler`); 1 is an image.
             height: in pixels, a multiple of the patch's.
             width: in pixels, a multiple of the patch's.
             fps: frames a second.
@@ -151,6 +163,11 @@ class SoraPipeline:
             sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`: `euler`; `heun`, which is of second order and
                 evaluates the model twice a step; `dpm++` and `unipc`, which get there by looking back; `dpm++sde` and
                 `ancestral`, which add noise on the way.
+            strength: share of the way to noise that `content` is taken before it is made anew; 1 leaves nothing of it
+                but what is known.
+            known_frames: so many first frames are those of `content`.
+            stagger: steps by which each latent frame begins later than the one before it.
+            content: for each prompt a given clip, (T, H, W, 3) uint8, or None.
             progress: called with (steps done, steps in all) from time to time, for a progress bar.
 
         Returns:
@@ -162,24 +179,23 @@ class SoraPipeline:
         """
         sample = self.config.sample
         given = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+        given["guidance_scale"] = guidance_scale
         given = {name: getattr(sample, name) if value is None else value for name, value in given.items()}
+        given |= {"strength": strength, "known_frames": known_frames, "stagger": stagger}
+        if content is not None:
+            given["content"] = [None if clip is None else from_pixels(clip) for clip in content]
         requests = make_requests(list(prompts) if not isinstance(prompts, str) else prompts, seed, **given)
         num_steps = sample.num_steps if num_steps is None else num_steps
-        scale = sample.guidance_scale if guidance_scale is None else guidance_scale
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         if not is_number(num_steps, np.integer):
             raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}.")
-        if not is_number(scale) or not np.isfinite(scale):
-            raise ValueError(f"guidance_scale must be finite, got {scale!r}.")
-        times = flow_times(num_steps)
-        return [to_pixels(clip) for clip in self.sample(requests, times, float(scale), sampler, progress)]
+        return [to_pixels(clip) for clip in self.sample(requests, flow_times(num_steps), sampler, progress)]
 
     def sample(
         self,
         requests: Sequence[ClipRequest],
         times: Float[np.ndarray, " times"],
-        scale: float,
         sampler: str,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Float[np.ndarray, "frames height width channels"]]:
@@ -188,7 +204,6 @@ class SoraPipeline:
         Args:
             requests: the clips.
             times: falling from 1 to 0 (`sora_jax.diffusion.schedules.flow_times`).
-            scale: of classifier-free guidance; 1 is none.
             sampler: a name of `sora_jax.diffusion.samplers.SAMPLERS`.
             progress: called with (steps done, steps in all).
 
@@ -198,38 +213,45 @@ class SoraPipeline:
         patch = self.config.patch
         captions = list(dict.fromkeys(["", *(request.prompt.strip() for request in requests)]))
         text = dict(zip(captions, self.text_encoder.encode(captions, self.config.data.max_caption_tokens), strict=True))
-        segments = [blank_segment(r, i, text[r.prompt.strip()], patch) for i, r in enumerate(requests)]
+        segments = [
+            canvas_segment(r, i, text[r.prompt.strip()], text[""], patch, flow_levels(start_at(times, r.strength)))
+            for i, r in enumerate(requests)
+        ]
 
         num_devices = self._mesh.size
-        longest = max(len(segment.patches) for segment in segments)
+        longest = max(len(s.segment.patches) for s in segments)
         most_rows = num_devices * max(1, self.tokens_per_batch // longest)
-        rows, null_rows = pack_canvas(segments, text[""], num_devices)
-        if len(rows.patches) > most_rows:  # equal batches, so that one function serves them all
-            rows, null_rows = pack_canvas(segments, text[""], most_rows)
-        size = min(len(rows.patches), most_rows)
+        canvas = pack_canvas(segments, num_devices)
+        if len(canvas.rows.patches) > most_rows:  # equal batches, so that one function serves them all
+            canvas = pack_canvas(segments, most_rows)
+        size = min(len(canvas.rows.patches), most_rows)
 
-        firsts = range(0, len(rows.patches), size)
-        num_steps, sampled = len(times) - 1, []
+        firsts = range(0, len(canvas.rows.patches), size)
+        num_steps, sampled = len(canvas.levels.sigma) - 1, []
+        guided = any(request.guidance_scale != 1 for request in requests)
         for number, first in enumerate(firsts):
 
             def report(step: int, done: int = number * num_steps) -> None:
                 progress(done + step, len(firsts) * num_steps)
 
-            batch, null = (PackedBatch(*(a[first : first + size] for a in some)) for some in (rows, null_rows))
-            null = null if scale != 1 else None
-            seeds = np.array([request.seed for request in requests], np.uint32)[batch.clip_ids]  # (B, K)
-            x, first_bad = self._sample_batch(batch, null, seeds, times, scale, sampler, report if progress else None)
-            _check_clips(first_bad, batch, requests, num_steps, scale)
+            rows, null = (PackedBatch(*(a[first : first + size] for a in some)) for some in canvas[:2])
+            levels = Levels(*(a[:, first : first + size] for a in canvas.levels))
+            seeds = np.array([request.seed for request in requests], np.uint32)[rows.clip_ids]  # (B, K)
+            scales = np.array([request.guidance_scale for request in requests], np.float32)[rows.clip_ids]
+            x, first_bad = self._sample_batch(
+                rows, null if guided else None, levels, seeds, scales, sampler, report if progress else None
+            )
+            _check_clips(first_bad, rows, requests, num_steps)
             sampled.append(x)
-        return unpack_clips(np.concatenate(sampled), rows, requests, patch)
+        return unpack_clips(np.concatenate(sampled), canvas.rows, requests, patch)
 
     def _sample_batch(
         self,
-        batch: PackedBatch,
+        rows: PackedBatch,
         null: PackedBatch | None,
+        levels: Levels,
         seeds: Int[np.ndarray, "rows segments"],
-        times: Float[np.ndarray, " times"],
-        scale: float,
+        scales: Float[np.ndarray, "rows segments"],
         sampler: str,
         report: Callable[[int], None] | None,
     ) -> tuple[Float[np.ndarray, "rows length values"], Int[np.ndarray, "rows length"]]:
@@ -239,16 +261,13 @@ class SoraPipeline:
             The rows, and `first_bad` of their tokens (see `sora_jax.diffusion.samplers.State`).
         """
         split = batch_sharding(self._mesh)
-        arrays, seeds = jax.device_put((batch, seeds), split)
+        arrays, seeds, scales = jax.device_put((rows, seeds, scales), split)
         null_text = None if null is None else jax.device_put((null.text, null.text_segment_ids), split)
-        # What is asked for goes from noise to data; known patches and padding are at t = 0 and stay as they are.
-        levels = flow_levels(times[:, None, None] * batch.loss_mask)._replace(time=times)
-        state = jax.device_put(start(SAMPLERS[sampler], jnp.asarray(batch.patches), levels), self._state_shardings)
+        first = token_levels(Levels(*(a[:1] for a in levels)), rows)
+        state = jax.device_put(start(SAMPLERS[sampler], jnp.asarray(rows.patches), first), self._state_shardings)
 
         def chunk(state: State, levels: Levels) -> State:
-            return self._sample(
-                self.params, state, levels, arrays, null_text, seeds, np.float32(scale), sampler=sampler
-            )
+            return self._sample(self.params, state, levels, arrays, null_text, seeds, scales, sampler=sampler)
 
         state = sample(chunk, state, levels, LONGEST_CHUNK, report)
         return np.asarray(state.x), np.asarray(state.first_bad)
@@ -261,33 +280,49 @@ class SoraPipeline:
         batch: PackedBatch,
         null_text: tuple[Float[Array, "rows text dim"], Int[Array, "rows text"]] | None,
         seeds: Int[Array, "rows segments"],
-        scale: Float[Array, ""],
+        scales: Float[Array, "rows segments"],
         sampler: str,
     ) -> State:
-        """Takes rows through `levels`, whose times are one for all that is asked."""
+        """Takes rows through `levels`, (n + 1, B, J), those of the columns of their tables."""
 
-        def network(x: Array, t: Array, text: Array, text_segment_ids: Array) -> Array:
+        def network(x: Array, table: Array, text: Array, text_segment_ids: Array) -> Array:
             copies = len(text) // len(x)  # the rows with their captions and, under guidance, once more without
-            x, positions, segment_ids, level_ids = (
-                jnp.concatenate([array] * copies) for array in (x, batch.positions, batch.segment_ids, batch.level_ids)
+            x, table, positions, segment_ids, level_ids = (
+                jnp.concatenate([array] * copies)
+                for array in (x, table, batch.positions, batch.segment_ids, batch.level_ids)
             )
-            table = jnp.tile(jnp.stack([t, jnp.zeros_like(t)]), (len(x), batch.clip_ids.shape[1]))  # asked, known
             return self._model.apply(
                 {"params": params}, x, positions, segment_ids, table, level_ids, text, text_segment_ids
             )
 
-        def guided(x: Array, t: Array) -> Array:
+        scale = jnp.take_along_axis(scales, jnp.maximum(batch.segment_ids - 1, 0), axis=1)[..., None]  # (B, L, 1)
+
+        def guided(x: Array, table: Array) -> Array:
             if null_text is None:
-                return network(x, t, batch.text, batch.text_segment_ids)
+                return network(x, table, batch.text, batch.text_segment_ids)
             text = jnp.concatenate([batch.text, null_text[0]])
             ids = jnp.concatenate([batch.text_segment_ids, null_text[1]])
-            conditional, unconditional = jnp.split(network(x, t, text, ids), 2)
-            return classifier_free(lambda *_: conditional, lambda *_: unconditional, scale)(x, t)
+            conditional, unconditional = jnp.split(network(x, table, text, ids), 2)
+            return classifier_free(lambda *_: conditional, lambda *_: unconditional, scale)(x, table)
 
         def noise(step: Array) -> Array:
             return token_noise(seeds, step, batch.segment_ids, batch.patches.shape[-1])
 
-        return sample_chunk(denoiser(guided, self.config.flow.prediction), state, levels, SAMPLERS[sampler], noise)
+        denoise = denoiser(guided, self.config.flow.prediction)
+        return sample_chunk(denoise, state, token_levels(levels, batch), SAMPLERS[sampler], noise)
+
+
+def token_levels(levels: Levels, rows: PackedBatch) -> Levels:
+    """Returns the levels of tokens, (n, B, L), of the levels of columns, (n, B, J); `time` stays that of columns.
+
+    Padding is clean, so that it stays as it is.
+    """
+    ids, real = jnp.asarray(rows.level_ids)[None], jnp.asarray(rows.segment_ids)[None] > 0
+    tokens = (
+        jnp.where(real, jnp.take_along_axis(jnp.asarray(table), ids, axis=2), clean)
+        for table, clean in zip(levels[1:], CLEAN[1:], strict=True)
+    )
+    return Levels(levels.time, *tokens)
 
 
 def token_noise(
@@ -314,11 +349,7 @@ def token_noise(
 
 
 def _check_clips(
-    first_bad: Int[np.ndarray, "rows length"],
-    batch: PackedBatch,
-    requests: Sequence[ClipRequest],
-    num_steps: int,
-    scale: float,
+    first_bad: Int[np.ndarray, "rows length"], batch: PackedBatch, requests: Sequence[ClipRequest], num_steps: int
 ) -> None:
     """Raises FloatingPointError where a clip of the batch is not finite."""
     ids = np.concatenate([np.full((len(first_bad), 1), -1), batch.clip_ids], axis=1)
@@ -327,5 +358,6 @@ def _check_clips(
     steps = np.full(len(requests), num_steps)
     np.minimum.at(steps, clips[bad], first_bad[bad])
     names = [f"prompt {i} ({shorten(request.prompt, 60)!r})" for i, request in enumerate(requests, 1)]
+    scale = max((request.guidance_scale for request in requests), key=abs)
     advice = f"a smaller guidance_scale than {scale:g} may help" if scale != 1 else "the model itself makes them so"
     check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, advice)

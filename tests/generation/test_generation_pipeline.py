@@ -18,6 +18,7 @@ from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation import pipeline as pipeline_module
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.pipeline import SoraPipeline
+from sora_jax.patches.levels import ASKED, KNOWN, SegmentLevels
 
 PROMPTS = ["frog", "red heart", "", "a rocket in the sky"]
 SIZES = dict(num_frames=[3, 1, 4, 2], height=[8, 16, 12, 40], width=[8, 8, 16, 40], fps=[8.0, 8.0, 4.0, 12.0])
@@ -25,8 +26,8 @@ SIZES = dict(num_frames=[3, 1, 4, 2], height=[8, 16, 12, 40], width=[8, 8, 16, 4
 
 def floats(pipeline, prompts, seed, sampler="euler", scale=3.0, num_steps=2, **sizes):
     """The clips before they are rounded to pixels."""
-    requests = make_requests(prompts, seed, **sizes)
-    return pipeline.sample(requests, flow_times(num_steps), scale, sampler, None)
+    requests = make_requests(prompts, seed, guidance_scale=scale, **sizes)
+    return pipeline.sample(requests, flow_times(num_steps), sampler, None)
 
 
 def test_a_clip_is_the_same_alone_packed_and_in_another_order(pipeline):
@@ -146,14 +147,16 @@ def test_a_perfect_denoiser_is_followed_to_its_clip(with_config, sampler):
 @pytest.fixture
 def half_known(monkeypatch):
     """Every second patch of a canvas is known to be 0.25."""
-    blank = pipeline_module.blank_segment
+    make = pipeline_module.canvas_segment
 
-    def half_known(request, *rest):
-        segment = blank(request, *rest)
-        known = np.arange(len(segment.patches)) % 2 == 0
-        return segment._replace(known=known, patches=np.where(known[:, None], 0.25, segment.patches))
+    def half_known(*args):
+        made = make(*args)
+        known = np.arange(len(made.segment.patches)) % 2 == 0
+        levels = SegmentLevels(known.astype(np.int32), np.array([ASKED, KNOWN]))
+        segment = made.segment._replace(levels=levels, patches=np.where(known[:, None], 0.25, made.segment.patches))
+        return made._replace(segment=segment, places=np.pad(made.places, ((0, 0), (0, 1)), constant_values=-1))
 
-    monkeypatch.setattr(pipeline_module, "blank_segment", half_known)
+    monkeypatch.setattr(pipeline_module, "canvas_segment", half_known)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +272,8 @@ def test_steps_of_packed_clips_are_their_own():
     batch = types.SimpleNamespace(
         clip_ids=np.array([[2, 0], [1, -1]]), segment_ids=np.array([[1, 1, 2, 2], [1, 1, 1, 0]])
     )
-    requests = [types.SimpleNamespace(prompt=name) for name in ("a", "b", "c " * 99)]
-    check = functools.partial(pipeline_module._check_clips, batch=batch, requests=requests, num_steps=9, scale=1.0)
+    requests = [types.SimpleNamespace(prompt=name, guidance_scale=1.0) for name in ("a", "b", "c " * 99)]
+    check = functools.partial(pipeline_module._check_clips, batch=batch, requests=requests, num_steps=9)
     check(np.array([[-1, -1, -1, -1], [-1, -1, -1, 0]]))  # padding does not count
     with pytest.raises(
         FloatingPointError, match=r"prompt 1 \('a'\) is NaN or beyond 1e19 from step 6 of 9 on \(1 of 3"
