@@ -7,13 +7,13 @@ import numpy as np
 import prepare_data
 import pytest
 import train
-from evaluations.classification import ClassifyOptions, classify
 from PIL import Image
-from setups.recognition import check_source, read_recognition_model, recall
 
+from sora_jax.commands.evaluations.classification import ClassifyOptions, classify
 from sora_jax.data.sources import open_source
-from sora_jax.training.checkpoint import load_model
-from sora_jax.training.tasks.recognition import ClassificationConfig
+from sora_jax.families.load import load_model
+from sora_jax.families.recognition import ClassificationConfig
+from sora_jax.runs.recognition import check_source, read_recognition_model, recall
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.patches.token_drop import ConstantDrop
-from sora_jax.training.tasks.recognition import ClassificationConfig
+from sora_jax.families.recognition import ClassificationConfig
 
 def config():
     return ClassificationConfig(
@@ -44,7 +44,7 @@ VIT = """
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
 from sora_jax.models.vit import ViTConfig
-from sora_jax.training.tasks.recognition import ClassificationConfig
+from sora_jax.families.recognition import ClassificationConfig
 
 def config():
     return ClassificationConfig(

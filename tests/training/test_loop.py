@@ -11,12 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+from helpers.runs import train
 from PIL import Image
 from tiny_run import assert_same_runs
 
+from sora_jax.families.load import load_model
 from sora_jax.training import loop
-from sora_jax.training.checkpoint import FOLDER, load_model
-from sora_jax.training.loop import NonFiniteLossError, Outcome, train
+from sora_jax.training.checkpoint import FOLDER
+from sora_jax.training.loop import NonFiniteLossError, Outcome
 from sora_jax.training.run_directory import ConfigChangedError, DataChangedError
 from sora_jax.training.telemetry import Telemetry
 

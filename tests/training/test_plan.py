@@ -8,10 +8,12 @@ import sys
 import jax
 import pytest
 
-from sora_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SoraConfig
-from sora_jax.models.sora import SORA_SIZES
+from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from sora_jax.configs import load_config
+from sora_jax.families.sora import SoraConfig
+from sora_jax.models.sora import SORA_SIZES, ModelConfig
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.training import plan
+from sora_jax.runs import plan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "experiments" / "plan_tpu.py"
@@ -90,11 +92,7 @@ class TestWithCompiler:
             plan.topology_devices(name)
 
     def test_sora_xl_fits_eight_chips(self, capsys):
-        path = ROOT / "experiments" / "configs" / "sora_xl.py"
-        spec = importlib.util.spec_from_file_location("sora_xl_config", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.config()
+        config = load_config("sora_xl")
         assert (config.model.width, config.model.depth, config.model.attention) == (1152, 28, "splash")
         result = plan.plan_step(config, "v5e:2x4")
         with capsys.disabled():

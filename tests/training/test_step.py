@@ -7,13 +7,13 @@ import pytest
 import tiny_run
 
 from sora_jax.array_types import PackedBatch
+from sora_jax.families.sora import SoraTask, count_tokens, draw_levels, draw_noise, sorted_within, weighted_loss
 from sora_jax.patches.levels import ASKED, FREE, KNOWN, TABLES, segment_levels
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.training import state as states
 from sora_jax.training import streams
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.step import update
-from sora_jax.training.tasks.sora import SoraTask, count_tokens, draw_levels, draw_noise, sorted_within, weighted_loss
 
 
 class ZeroModel:

@@ -1,0 +1,97 @@
+"""What all runs on packed rows of a prepared data set need: captions, splits that exist, and kernels for a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import rich.console
+from etils import epath
+
+from sora_jax.config import ExperimentConfig, PackedDataConfig
+from sora_jax.parallel.multihost import first_process_first
+
+C = TypeVar("C", bound=ExperimentConfig)
+
+
+def open_pipeline(config: Any, captions: Any, split: str, training: bool, alone: bool = False) -> Any:
+    """Opens the pipeline of a split: endless where it is trained on, else once through and with every caption.
+
+    Each host gets its share of the rows, or all of them where it is `alone`.
+    """
+    from sora_jax.data.pipeline import make_pipeline
+
+    return make_pipeline(
+        config.data,
+        config.patch,
+        captions,
+        split,
+        training=training,
+        process_index=0 if alone else jax.process_index(),
+        process_count=1 if alone else jax.process_count(),
+    )
+
+
+def caption_table(
+    data: PackedDataConfig, text_dim: int, splits: tuple[str, ...], workdir: epath.Path, console: rich.console.Console
+) -> Any:
+    """Returns the token states of all captions of some splits; encodes them once and keeps them.
+
+    The table lies beside the data set, or in the run's directory where that cannot be written. Its name is a digest
+    of the captions (as they stand and as they are read), the text encoder and `max_caption_tokens`, so none is ever
+    used for another.
+
+    Raises:
+        ValueError: `text_dim`, the model's, is not the text encoder's, or it reads fewer than `max_caption_tokens`.
+        OSError: the table can be written neither beside the data nor in `workdir`.
+    """
+    from sora_jax.data.captions import CaptionTable
+    from sora_jax.data.sources import find_dataset, open_source
+    from sora_jax.models.text.minilm import load_text_encoder
+
+    dataset = find_dataset(data.path)
+    captions = sorted({c for split in splits for c in open_source(data.path, split).metadata.captions})
+    encoder = load_text_encoder()
+    if encoder.dim != text_dim:
+        raise ValueError(f"text_dim of the model must be the text encoder's {encoder.dim}, got {text_dim}.")
+    read = [encoder.spell_out(caption) for caption in captions]
+    content = json.dumps(
+        [encoder.fingerprint, data.max_caption_tokens, captions, *([read] if read != captions else [])]
+    )
+    name = f"captions-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    places = (dataset / name, workdir / name)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return encoder.encode(texts, data.max_caption_tokens, "--data.max-caption-tokens")
+
+    def find_or_build() -> Any:
+        for path in places:
+            if path.exists():
+                return CaptionTable.load(path)
+        console.print(f"encoding {len(captions)} captions", highlight=False)
+        table = CaptionTable.build(captions, encode)
+        try:
+            return table.save(places[0])
+        except OSError as error:  # read-only, no permission, a quota, a full disk, an object store that refuses
+            reason = error.strerror or error
+            told = f"{dataset} takes no table of captions ({reason}): it is kept in {workdir}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            return table.save(places[1])
+
+    return first_process_first(find_or_build)
+
+
+def without_missing_splits(config: C, console: rich.console.Console) -> C:
+    """Returns the config without the held-out splits that the data set does not have, and says which these are."""
+    from sora_jax.data.sources import split_names
+
+    there = split_names(config.data.path)
+    missing = [split for split in config.data.eval_splits if split not in there]
+    if missing:
+        console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)
+    kept = tuple(split for split in config.data.eval_splits if split in there)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
