@@ -82,14 +82,14 @@ def model_rows(options: SamplersOptions) -> list[dict[str, Any]]:
     requests = make_requests(
         options.prompts,
         options.seed,
+        guidance_scale=asked.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         **{name: getattr(asked, name) for name in ("num_frames", "height", "width", "fps")},
     )
-    scale = asked.guidance_scale if options.guidance_scale is None else options.guidance_scale
 
     def clips(name: str, num_steps: int, description: str) -> np.ndarray:
         with tqdm(total=num_steps, desc=description, unit="step") as bar:
             made = pipeline.sample(
-                requests, flow_times(num_steps), scale, name, lambda done, total: bar.update(done - bar.n)
+                requests, flow_times(num_steps), name, lambda done, total: bar.update(done - bar.n)
             )
         return np.stack(made)
 
