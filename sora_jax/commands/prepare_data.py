@@ -30,7 +30,6 @@ import logging
 import sys
 from typing import Annotated, Any, Literal, NoReturn
 
-import numpy as np
 import tyro
 from etils import epath
 from rich.console import Console
@@ -247,44 +246,34 @@ class LatentsCommand:
         import jax  # here, as the worker processes of the other commands import this file
         from jax.experimental import multihost_utils
 
-        from sora_jax.models.autoencoder.image_vae import ImageVAE, check_image_shape, load_image_vae
+        from sora_jax.models.autoencoder.codec import ImageCodec
 
         index, count = self.process_index, self.process_count
         if self.multihost:
             jax.distributed.initialize()
             index, count = jax.process_index(), jax.process_count()
         options = latents.LatentOptions(self.image_size, self.views, self.dtype, self.part_size)
-        config, params = load_image_vae(self.vae)
-        check_image_shape((1, self.image_size, self.image_size, 3), config)
-        devices = jax.local_devices()
-        if self.batch_size % (len(devices) * options.num_views):
+        codec = ImageCodec.from_pretrained(self.vae, self.compute_dtype)
+        _, *size = codec.latent_size(1, self.image_size, self.image_size)
+        num_devices = jax.local_device_count()
+        if self.batch_size % (num_devices * options.num_views):
             raise ValueError(
-                f"batch_size must be a multiple of {len(devices)} devices times {options.num_views} views, "
+                f"batch_size must be a multiple of {num_devices} devices times {options.num_views} views, "
                 f"got {self.batch_size}."
             )
-        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-        rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
-        model = ImageVAE(dataclasses.replace(config, dtype=self.compute_dtype))
-        params = jax.device_put(params, whole)
 
-        @jax.jit
-        def encode(params: Any, images: Any) -> tuple[Any, Any]:
-            posterior = model.apply({"params": params}, images, method="encode")
+        def encode(images: Any) -> tuple[Any, Any]:
+            posterior = codec.posterior(images)
             return posterior.mean, posterior.std
 
         digest = hashlib.sha256()
         for name in ("config.json", "model.safetensors"):
             digest.update((epath.Path(self.vae) / name).read_bytes())
-        side = self.image_size // config.strides[-1]
         report = latents.prepare_latents(
             self.source,
-            lambda images: jax.device_get(encode(params, jax.device_put(images, rows))),
-            (side, side, config.latent_channels),
-            {
-                "sha256": digest.hexdigest(),
-                "scaling_factor": config.scaling_factor,
-                "compute_dtype": self.compute_dtype,
-            },
+            encode,
+            (*size, codec.channels),
+            {"sha256": digest.hexdigest(), "scaling_factor": codec.scale, "compute_dtype": self.compute_dtype},
             self.output,
             options,
             self.batch_size,

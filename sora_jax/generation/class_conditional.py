@@ -41,39 +41,12 @@ from sora_jax.diffusion.samplers import (
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas, respaced_steps
 from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import load_model
-from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
+from sora_jax.models.autoencoder.codec import Codec, ImageCodec
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps
 from sora_jax.training.run_directory import read_keys
-
-
-class LatentDecoder:
-    """An autoencoder's decoder: scaled latents, (N, H, W, C), to images, of values in about [-1, 1].
-
-    Args:
-        config: of the autoencoder.
-        params: its parameters.
-    """
-
-    def __init__(self, config: ImageVAEConfig, params: PyTree):
-        self.config, self.params = config, params
-        self._decode = jax.jit(lambda params, z: ImageVAE(config).apply({"params": params}, z, method="decode"))
-
-    @classmethod
-    def from_pretrained(cls, path: str | epath.PathLike) -> LatentDecoder:
-        """Loads what `experiments/convert_checkpoint.py sd-vae` wrote; raises what `load_image_vae` does."""
-        return cls(*load_image_vae(path))
-
-    @property
-    def stride(self) -> int:
-        """Pixels along the side of a latent cell."""
-        return self.config.strides[1]
-
-    def __call__(self, latents: Float[Array, "batch height width latent"]) -> Float[Array, "batch h w channels"]:
-        """Returns the images of latents as a diffusion model makes them."""
-        return self._decode(self.params, latents / self.config.scaling_factor)
 
 
 class ClassConditionalSampler:
@@ -85,8 +58,7 @@ class ClassConditionalSampler:
     Args:
         config: of the model.
         params: its (EMA) parameters, unboxed.
-        decode: from what is sampled, (N, H, W, in_channels) on the devices, to what is returned, such as a
-            `LatentDecoder`; None to return the samples themselves.
+        codec: decodes what is sampled; None to return the samples themselves.
         betas: of the process that the model was trained on; None for the paper's.
         prediction: what the model predicts; the paper's is the noise.
         clip: bounds that the clean data is clipped to in each step, of pixels; None for latents.
@@ -94,21 +66,21 @@ class ClassConditionalSampler:
 
     Attributes:
         config: of the model.
-        decode: as above.
+        codec: as above.
     """
 
     def __init__(
         self,
         config: DiTConfig,
         params: PyTree,
-        decode: Callable[[Array], Array] | None = None,
+        codec: Codec | None = None,
         betas: Float[np.ndarray, " steps"] | None = None,
         prediction: Prediction = "noise",
         clip: tuple[float, float] | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
-        self.decode = decode
+        self.codec = codec
         self._betas = linear_betas() if betas is None else betas
         self._prediction, self._clip = prediction, clip
         self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
@@ -151,26 +123,26 @@ class ClassConditionalSampler:
         else:
             experiment, pixels = None, False
             config, params = load_dit(path)
-        decode = None
+        codec = None
         if vae is not None:
             if pixels:
                 raise ValueError(f"{path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
-            decode = LatentDecoder.from_pretrained(vae)
-            if decode.config.latent_channels != config.in_channels:
+            codec = ImageCodec.from_pretrained(vae, devices=devices)
+            if codec.channels != config.in_channels:
                 raise ValueError(
                     f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
-                    f"{decode.config.latent_channels}."
+                    f"{codec.channels}."
                 )
         if experiment is None:
-            return cls(config, params, decode, devices=devices)
-        return cls.of_experiment(experiment, params, decode, devices)
+            return cls(config, params, codec, devices=devices)
+        return cls.of_experiment(experiment, params, codec, devices)
 
     @classmethod
     def of_experiment(
         cls,
         config: ClassConditionalConfig,
         params: PyTree,
-        decode: Callable[[Array], Array] | None = None,
+        codec: Codec | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> ClassConditionalSampler:
         """Returns the sampler of what an experiment trains, on its process, pixels clipped to [-1, 1].
@@ -178,12 +150,12 @@ class ClassConditionalSampler:
         Args:
             config: of the experiment.
             params: of its model, unboxed.
-            decode: see the class.
+            codec: see the class.
             devices: see the class.
         """
         clip = (-1.0, 1.0) if config.makes_pixels else None
         process = config.process
-        return cls(config.model, params, decode, process.betas(), process.prediction, clip, devices)
+        return cls(config.model, params, codec, process.betas(), process.prediction, clip, devices)
 
     @property
     def num_levels(self) -> int:
@@ -193,7 +165,7 @@ class ClassConditionalSampler:
     @property
     def stride(self) -> int:
         """Pixels along the side of a cell of what is sampled."""
-        return self.decode.stride if isinstance(self.decode, LatentDecoder) else 1
+        return 1 if self.codec is None else self.codec.strides[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -207,7 +179,7 @@ class ClassConditionalSampler:
         Raises:
             ValueError: a model whose latents have no autoencoder, or a size that is no multiple of a patch.
         """
-        if self.decode is None and self.config.in_channels not in (1, 3):
+        if self.codec is None and self.config.in_channels not in (1, 3):
             raise ValueError(f"latents of {self.config.in_channels} channels: name an autoencoder, vae.")
         unit = self.stride * self.config.patch_size
         if any(side < 1 or side % unit for side in size):
@@ -253,7 +225,7 @@ class ClassConditionalSampler:
             progress: called with the steps done from time to time, for a progress bar.
 
         Returns:
-            (N, H, W, in_channels) float32, or what `decode` makes of it.
+            (N, H, W, in_channels) float32, or the images that `codec` decodes them to.
 
         Raises:
             ValueError: an argument that cannot be, naming it and what would work.
@@ -310,9 +282,9 @@ class ClassConditionalSampler:
         names = [f"sample {index} (class {label})" for index, label in zip(indices, labels, strict=True)]
         self._check(np.asarray(state.first_bad)[: len(labels)], names, num_steps, guidance_scale)
         x = state.x[: len(labels)]
-        if self.decode is None:
+        if self.codec is None:
             return np.asarray(x)
-        images = np.asarray(self.decode(x))
+        images = self.codec.decode(x[:, None])[:, 0]
         if len(bad := np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))):
             raise FloatingPointError(
                 f"the samples are not finite: {names[bad[0]]} is finite until it is decoded "

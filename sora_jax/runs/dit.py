@@ -18,7 +18,8 @@ from sora_jax.data.sources import open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import load_model
-from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
+from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.runs import packed
 
 HELD_OUT_SEED = 20_221_219  # of the latents of held-out splits
@@ -84,8 +85,8 @@ class DiTRun:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
         c = self.config.sample
         if self._sampler is None:  # compiles once, and reads the autoencoder
-            decode = LatentDecoder.from_pretrained(c.vae) if c.vae else None
-            self._sampler = ClassConditionalSampler.of_experiment(self.config, params, decode)
+            codec = ImageCodec.from_pretrained(c.vae) if c.vae else None
+            self._sampler = ClassConditionalSampler.of_experiment(self.config, params, codec)
         self._sampler.params = params
         samples = self._sampler(
             np.repeat(c.labels, c.columns),

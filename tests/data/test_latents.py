@@ -341,7 +341,7 @@ def test_the_command_encodes_with_an_autoencoder(script, pictures, vae, tmp_path
         assert words in error and error.count("\n") == 1, error
 
     fails("no image VAE at", "--vae", str(tmp_path))
-    fails("H and W multiples of 2, got shape (1, 7, 7, 3)", "--image-size", "7")
+    fails("multiples of the codec's strides (1, 2, 2), got (1, 7, 7)", "--image-size", "7")
     fails("batch_size must be a multiple of 1 devices times 2 views, got 3", "--batch-size", "3")
     fails("holds other latents already", "--dtype", "float16")
     fails("holds no prepared TFDS data set", "--source", str(tmp_path / "nowhere"))

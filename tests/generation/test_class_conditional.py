@@ -15,6 +15,7 @@ from sora_jax.convert.dit import convert_dit
 from sora_jax.diffusion.schedules import alpha_bar, linear_betas
 from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
 from sora_jax.models.autoencoder import image_vae
+from sora_jax.models.autoencoder.codec import IdentityCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE
 from sora_jax.models.dit import DiT, abstract_params, init_params, load_dit
 
@@ -112,8 +113,13 @@ def test_samples_that_are_not_finite_are_refused_by_class_and_step(sampler):
 
 
 def test_what_the_autoencoder_breaks_is_refused():
-    decode = lambda z: jnp.where(jnp.arange(len(z))[:, None, None, None] == 1, jnp.inf, z)  # noqa: E731
-    sampler = ClassConditionalSampler(CONFIG, random_params(), decode, devices=jax.devices()[:1])
+    class Breaking(IdentityCodec):
+        def decode(self, latents):
+            images = super().decode(latents).copy()
+            images[1] = np.inf
+            return images
+
+    sampler = ClassConditionalSampler(CONFIG, random_params(), Breaking(4), devices=jax.devices()[:1])
     with pytest.raises(FloatingPointError, match=r"sample 1 \(class 3\) is finite until it is decoded \(1 of 2\)"):
         sampler([1, 3], num_steps=6, guidance_scale=1.0)
 
@@ -158,10 +164,10 @@ def test_deterministic_samplers_without_predicted_noise(name):
     """A fresh model predicts no noise: the data is the start over its alpha, whatever the sampler and its steps."""
     config = dataclasses.replace(CONFIG, learned_variance=False, in_channels=1)
     params = nn.meta.unbox(jax.jit(functools.partial(init_params, DiT(config)))(jax.random.key(0)))
-    fresh = ClassConditionalSampler(config, params, decode=lambda x: x[..., 0] / 2, devices=jax.devices()[:1])
+    fresh = ClassConditionalSampler(config, params, devices=jax.devices()[:1])
     found = fresh([2], seed=5, sampler=name, num_steps=5, image_size=(2, 8))
     start = noises(5, [0], 0, (2, 8, 1))[0]
-    np.testing.assert_allclose(found, start[..., 0] / np.sqrt(alpha_bar(linear_betas())[-1]) / 2, rtol=1e-4)
+    np.testing.assert_allclose(found, start / np.sqrt(alpha_bar(linear_betas())[-1]), rtol=1e-4)
 
 
 def test_bad_arguments_are_named(sampler):

@@ -26,8 +26,9 @@ from sora_jax.evaluation.image_files import ImageFiles
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.evaluation.sample_store import SampleStore
 from sora_jax.files import check_writable, write_whole
-from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
+from sora_jax.generation.class_conditional import ClassConditionalSampler
 from sora_jax.generation.video_io import write_image
+from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.pixels import to_pixels
 from sora_jax.provenance import Environment, file_hash, params_hash
 
@@ -140,9 +141,9 @@ class Drawing:
         self._cells = self.sampler.cells(self._size)
         self._source = None if options.labels_of is None else open_source(options.labels_of, "train")
         self.labels = draw_labels(options, self.sampler.config.num_classes, self._source)
-        decode = self.sampler.decode
+        codec = self.sampler.codec
         self._model_hash = params_hash(self.sampler.params)
-        self._vae_hash = params_hash(decode.params) if isinstance(decode, LatentDecoder) else None
+        self._vae_hash = params_hash(codec.params) if isinstance(codec, ImageCodec) else None
 
     def manifest(self, num_steps: int, guidance_scale: float) -> SampleManifest:
         """Returns what the samples are made of."""

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of an autoencoder, of images or of videos."""
+"""What a codec asks of an autoencoder's network, of images or of videos (`sora_jax.models.autoencoder.codec`)."""
 
 from __future__ import annotations
 
@@ -29,26 +29,6 @@ class Posterior(NamedTuple):
     def sample(self, key: jax.Array) -> Float[Array, "*batch latent"]:
         """Returns mean + std * noise, with unit normal noise from `key` (arXiv:1312.6114, Eq. 10)."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
-
-
-@runtime_checkable
-class AutoencoderConfig(Protocol):
-    """What a config says of the latents.
-
-    Attributes:
-        latent_channels: values of a latent cell.
-        strides: (t, h, w), frames and pixels of the input a latent cell stands for; t is 1 for images.
-        scaling_factor: a diffusion model is trained on latents times this number, which gives them unit variance.
-    """
-
-    @property
-    def latent_channels(self) -> int: ...  # noqa: D102
-
-    @property
-    def strides(self) -> tuple[int, int, int]: ...  # noqa: D102
-
-    @property
-    def scaling_factor(self) -> float: ...  # noqa: D102
 
 
 @runtime_checkable
