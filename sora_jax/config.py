@@ -185,6 +185,8 @@ class FlowConfig:
         time_mean: mean of the logit-normal time (arXiv:2403.03206, section 3.1); positive is noisier.
         time_std: its standard deviation.
         min_time: with `x0`, the velocity that the loss compares is (x_t - x_0) / max(t, min_time).
+        base_tokens: times of a clip of n tokens are shifted, in training and in sampling, such that it is as uncertain
+            at them as one of `base_tokens` is without (arXiv:2403.03206, section 5.3.2); None shifts nothing.
         loss_weighting: the loss is a mean over tokens or, each clip counting the same, over clips.
         free_times: of latent frames that have a time each: `independent`, or `rising` with the frames.
         known_noise: known patches have a time drawn uniformly from [0, known_noise], so that what a user gives need not
@@ -198,10 +200,12 @@ class FlowConfig:
     loss_weighting: Literal["token", "clip"] = "token"
     free_times: Literal["independent", "rising"] = "independent"
     known_noise: float = 0.0
+    base_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check(self.time_std > 0, self, "time_std", "positive")
         check(0 < self.min_time < 1, self, "min_time", "between 0 and 1")
+        check(self.base_tokens is None or self.base_tokens >= 1, self, "base_tokens", "None or at least 1")
         check(0 <= self.known_noise < 1, self, "known_noise", "at least 0 and below 1")
 
 

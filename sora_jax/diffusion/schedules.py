@@ -215,6 +215,11 @@ def shift_times(t: Float[Array, "*batch"], shift: float) -> Float[Array, "*batch
     """
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}.")
+    return shifted(t, shift)
+
+
+def shifted(t: Float[Array, "*batch"], shift: Array | float) -> Float[Array, "*batch"]:
+    """Returns equation 6, unchecked, for shifts that may be arrays, broadcast against `t`."""
     return shift * t / (1 + (shift - 1) * t)
 
 

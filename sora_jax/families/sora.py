@@ -21,7 +21,7 @@ from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import DataConfig, ExperimentConfig, FlowConfig, PatchConfig, check
 from sora_jax.diffusion import flow
 from sora_jax.diffusion.losses import flow_loss
-from sora_jax.diffusion.schedules import logit_normal_times
+from sora_jax.diffusion.process import FlowProcess
 from sora_jax.models import sora
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.sora import GRID_FREQUENCIES, ModelConfig, SoraTransformer
@@ -141,8 +141,8 @@ def draw_levels(
 ) -> Float[Array, "batch levels"]:
     """Draws the level table of each row by the roles of its columns (`sora_jax.patches.levels`), (B, J) float32.
 
-    A segment has a logit-normal time, and so has each of its free columns, in rising order where `flow.free_times` says
-    so. What is known has a time that is uniform in [0, `flow.known_noise`].
+    A segment has a logit-normal time, shifted for its size by `flow.base_tokens`, and so has each of its free columns,
+    in rising order where `flow.free_times` says so. What is known has a time uniform in [0, `flow.known_noise`].
 
     Args:
         key: of the draw.
@@ -150,19 +150,23 @@ def draw_levels(
         batch: rows of clips.
         config: of the experiment.
     """
-    flow, (num_segments, num_levels) = config.flow, (batch.clip_ids.shape[1], batch.level_roles.shape[1])
+    process, flow = FlowProcess(config.flow), config.flow
+    num_segments, num_levels = batch.clip_ids.shape[1], batch.level_roles.shape[1]
 
-    def of_row(key: jax.Array, segments: Array, roles: Array) -> Array:
-        own = logit_normal_times(key, (num_segments,), flow.time_mean, flow.time_std)
+    def of_row(key: jax.Array, segments: Array, roles: Array, segment_ids: Array) -> Array:
+        own = process.draw(key, (num_segments,))
         free_key, known_key = (jax.random.fold_in(key, number) for number in (1, 2))
-        free = logit_normal_times(free_key, (num_levels,), flow.time_mean, flow.time_std)
+        free = process.draw(free_key, (num_levels,))
         if flow.free_times == "rising":
             free = sorted_within(free, jnp.where(roles == FREE, segments, 0))
         known = flow.known_noise * jax.random.uniform(known_key, (num_levels,))
         asked = own[jnp.maximum(segments - 1, 0)]
-        return jnp.where(roles == FREE, free, jnp.where(roles == KNOWN, known, asked))
+        num_tokens = (segments[:, None] == segment_ids).sum(axis=1)
+        drawn = process.shift(jnp.where(roles == FREE, free, asked), num_tokens)
+        return jnp.where(roles == KNOWN, known, drawn)
 
-    return jax.vmap(of_row)(streams.row_keys(key, rows), batch.level_segments, batch.level_roles)
+    keys = streams.row_keys(key, rows)
+    return jax.vmap(of_row)(keys, batch.level_segments, batch.level_roles, batch.segment_ids)
 
 
 def sorted_within(values: Float[Array, " n"], groups: Int[Array, " n"]) -> Float[Array, " n"]:
@@ -174,6 +178,34 @@ def sorted_within(values: Float[Array, " n"], groups: Int[Array, " n"]) -> Float
 def draw_noise(key: jax.Array, rows: Int[Array, " rows"], shape: tuple[int, ...]) -> Array:
     """Returns standard normal noise for each row, (B, *shape) float32; `rows` are their global numbers."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(streams.row_keys(key, rows))
+
+
+def network(
+    model: SoraTransformer,
+    params: PyTree,
+    rows: PackedBatch,
+    x: Float[Array, "batch length values"],
+    levels: Float[Array, "batch levels"],
+) -> Float[Array, "batch length values"]:
+    """Returns what a model says of rows, in training and in sampling.
+
+    Args:
+        model: the network.
+        params: of the model.
+        rows: where patches are, whose they are, and their captions; their own values are not looked at.
+        x: (B, L, P), the patches at their levels.
+        levels: (B, J), t of each column of the level table.
+    """
+    return model.apply(
+        {"params": params},
+        x,
+        rows.positions,
+        rows.segment_ids,
+        levels,
+        rows.level_ids,
+        rows.text,
+        rows.text_segment_ids,
+    )
 
 
 def weighted_loss(
@@ -200,16 +232,7 @@ def weighted_loss(
     num_segments = batch.clip_ids.shape[1]
     t = jnp.take_along_axis(levels, batch.level_ids, axis=1)  # (B, L)
     xt = flow.interpolate(batch.patches, noise, t)
-    output = model.apply(
-        {"params": params},
-        xt,
-        batch.positions,
-        batch.segment_ids,
-        levels,
-        batch.level_ids,
-        batch.text,
-        batch.text_segment_ids,
-    )
+    output = network(model, params, batch, xt, levels)
     loss = flow_loss(output, xt, t, batch.patches, noise, batch.loss_mask, batch.segment_ids, num_segments, config.flow)
     if config.flow.loss_weighting == "token":
         weight = batch.loss_mask.sum()

@@ -24,6 +24,8 @@ import numpy as np
 from sora_jax.array_types import Float, Int, PackedBatch
 from sora_jax.config import PatchConfig
 from sora_jax.diffusion.gaussian import Levels
+from sora_jax.diffusion.process import Process
+from sora_jax.models.autoencoder.codec import Codec
 from sora_jax.patches.levels import FREE, KNOWN, SegmentLevels, first_frames_known, free_frames, one_level
 from sora_jax.patches.patchify import grid_shape, patchify, unpatchify
 from sora_jax.patches.positions import grid_positions
@@ -50,8 +52,9 @@ class ClipRequest:
             of it but what is known.
         known_frames: so many first frames are known, and are those of `content`.
         stagger: steps by which each latent frame begins later than the one before it; 0 for all at once.
-        content: (T, height, width, channels) float32, a given clip as the model has it; of all frames where `strength`
-            is below 1, of the known ones otherwise.
+        content: (T, height, width, channels) float32, a given clip with values in [-1, 1]; of all frames where
+            `strength` is below 1, of the known ones otherwise.
+        label: its class, for models of classes.
     """
 
     prompt: str
@@ -65,6 +68,7 @@ class ClipRequest:
     known_frames: int = 0
     stagger: int = 0
     content: Float[np.ndarray, "frames height width channels"] | None = dataclasses.field(default=None, compare=False)
+    label: int = -1
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -125,7 +129,8 @@ def make_requests(prompts: Sequence[str], seed: int | Sequence[int], **values: A
     columns = {}
     values["seed"] = [seed + i for i in range(len(prompts))] if is_number(seed, np.integer) else seed
     for name, value in values.items():
-        columns[name] = [value] * len(prompts) if np.ndim(value) == 0 else list(value)
+        several = isinstance(value, list | tuple) or np.ndim(value) > 0
+        columns[name] = list(value) if several else [value] * len(prompts)
     for name, column in columns.items():
         if len(column) != len(prompts):
             raise ValueError(f"{name} has {len(column)} values for {len(prompts)} prompts; give one, or one a prompt.")
@@ -134,18 +139,30 @@ def make_requests(prompts: Sequence[str], seed: int | Sequence[int], **values: A
     ]
 
 
+class Condition(NamedTuple):
+    """What a clip is conditioned on.
+
+    Attributes:
+        text: (m, D) float, token states of its caption; (0, 0) of a model of classes.
+        label: its class, -1 of a model of captions.
+    """
+
+    text: Float[np.ndarray, "tokens text_dim"]
+    label: int = -1
+
+
 class CanvasSegment(NamedTuple):
     """A clip, ready to be sampled.
 
     Attributes:
         segment: its patches at their first levels, and the rest that its rows hold.
-        null_text: (m, D), the caption tokens that it is guided away from.
+        null: the condition that it is guided away from.
         ladder: (n + 1,) each, the levels down which its columns go.
         places: (s + 1, j) int32, where on the ladder each of its columns is after each of its steps.
     """
 
     segment: Segment
-    null_text: Float[np.ndarray, "tokens text_dim"]
+    null: Condition
     ladder: Levels
     places: Int[np.ndarray, "steps columns"]
 
@@ -153,47 +170,58 @@ class CanvasSegment(NamedTuple):
 def canvas_segment(
     request: ClipRequest,
     clip_id: int,
-    text: Float[np.ndarray, "tokens text_dim"],
-    null_text: Float[np.ndarray, "tokens text_dim"],
+    condition: Condition,
+    null: Condition,
+    codec: Codec,
     patch: PatchConfig,
-    ladder: Levels,
+    process: Process,
+    num_steps: int,
 ) -> CanvasSegment:
     """Returns a clip with its noise, its level table and its way through the levels.
 
     Args:
         request: the clip.
         clip_id: its place among the requests.
-        text: (m, D), its caption's token states.
-        null_text: (m', D), those of the empty caption.
-        patch: how clips are cut.
-        ladder: (n + 1,) each, falling from the level of `request.strength` to clean data.
+        condition: what it is conditioned on.
+        null: what it is guided away from.
+        codec: whose latents the model makes.
+        patch: how these are cut.
+        process: of the model.
+        num_steps: of the whole way from noise.
 
     Raises:
-        ValueError: a size that the patches do not divide, or known frames that do not fill whole patches.
+        ValueError: a size that codec or patches do not divide, known frames that do not fill whole patches, or a number
+            of steps that the process has not.
     """
-    shape = (request.num_frames, request.height, request.width)
-    grid = grid_shape(*shape, patch.size)
-    if request.known_frames % patch.size[0]:
-        raise ValueError(
-            f"known_frames must be a multiple of the {patch.size[0]} frames of a patch, got {request.known_frames}."
-        )
-    num_known = request.known_frames // patch.size[0]
+    size = codec.latent_size(request.num_frames, request.height, request.width)
+    grid = grid_shape(*size, patch.size)
+    ladder = process.ladder(num_steps, request.strength, math.prod(grid))
+    num_known, unit = 0, patch.size[0] * codec.strides[0]
+    if request.known_frames:
+        frames = codec.latent_size(request.known_frames, request.height, request.width)[0]
+        if frames % patch.size[0]:
+            raise ValueError(
+                f"known_frames must be a multiple of the {unit} frames of a patch, got {request.known_frames}."
+            )
+        num_known = frames // patch.size[0]
     levels = _levels_of(request, grid, num_known)
     places = _places(levels.roles, len(ladder.sigma) - 1, request.stagger)
 
     patches = np.random.default_rng(request.seed).standard_normal((math.prod(grid), patch.dim), np.float32)
-    if request.content is not None:
-        content = np.zeros((*shape, patch.channels), np.float32)
-        content[: len(request.content)] = request.content[: request.num_frames]
-        first = np.where(levels.roles == KNOWN, -1, 0)[levels.ids]
+    if request.strength < 1 or num_known:
+        frames = request.content[: request.num_frames if request.strength < 1 else request.known_frames]
+        encoded = codec.encode(np.asarray(frames, np.float32))
+        content = np.zeros((*size, patch.channels), np.float32)
+        content[: len(encoded)] = encoded
+        known = (levels.roles == KNOWN)[levels.ids, None]
+        alpha, sigma = (np.asarray(a) for a in (ladder.alpha, ladder.sigma))
         # From a strength of 1 a sampler starts from noise alone, though the noisiest level may hold a little data.
-        alpha, sigma = (np.asarray(a)[first, None] for a in (ladder.alpha, ladder.sigma))
-        alpha, sigma = (
-            np.where((first == 0)[:, None] & (request.strength == 1), n, a) for n, a in ((0, alpha), (1, sigma))
-        )
-        patches = (alpha * patchify(content, patch.size) + sigma * patches).astype(np.float32)
-    segment = Segment(patches, grid_positions(grid, request.fps, patch), text, levels, clip_id)
-    return CanvasSegment(segment, null_text, ladder, places)
+        first = (alpha[0], sigma[0]) if request.strength < 1 else (0.0, 1.0)
+        data = patchify(content, patch.size)
+        patches = np.where(known, data, first[0] * data + first[1] * patches).astype(np.float32)
+    positions = grid_positions(grid, request.fps / codec.strides[0], patch)
+    segment = Segment(patches, positions, condition.text, levels, clip_id, condition.label)
+    return CanvasSegment(segment, null, ladder, places)
 
 
 def _levels_of(request: ClipRequest, grid: tuple[int, int, int], num_known: int) -> SegmentLevels:
@@ -217,7 +245,7 @@ class Canvas(NamedTuple):
 
     Attributes:
         rows: the clips at their first levels.
-        null_rows: the same with the caption that they are guided away from.
+        null_rows: the same with the conditions that they are guided away from.
         levels: (S + 1, B, J) each, the level table of each row before the first step and after each; a clip that needs
             fewer steps than others ends early. Clean where no segment has a column.
     """
@@ -237,10 +265,21 @@ def pack_canvas(segments: Sequence[CanvasSegment], num_rows: int = 1) -> Canvas:
         num_rows: the number of rows is made a multiple of this by empty ones.
     """
     lengths = [len(s.segment.patches) for s in segments]
-    texts = [max(len(s.segment.text), len(s.null_text)) for s in segments]
+    texts = [max(len(s.segment.text), len(s.null.text)) for s in segments]
     budget = _round_up(max(lengths), ROW_MULTIPLE)
     shares = first_fit(lengths, texts, row_length=budget, text_length=sum(texts), max_segments=len(segments))
-    shares += [[]] * (-len(shares) % num_rows)
+    return fill_canvas(segments, shares + [[]] * (-len(shares) % num_rows))
+
+
+def fill_canvas(segments: Sequence[CanvasSegment], shares: Sequence[Sequence[int]]) -> Canvas:
+    """Fills rows with clips; see `pack_canvas`.
+
+    Args:
+        segments: at least one.
+        shares: which of them each row holds.
+    """
+    texts = [max(len(s.segment.text), len(s.null.text)) for s in segments]
+    budget = _round_up(max(sum(len(segments[i].segment.patches) for i in share) for share in shares), ROW_MULTIPLE)
     columns = [s.places.shape[1] for s in segments]
     sizes = {
         "row_length": budget,
@@ -248,10 +287,10 @@ def pack_canvas(segments: Sequence[CanvasSegment], num_rows: int = 1) -> Canvas:
         "max_segments": _power_of_two(max(map(len, shares))),
         "max_levels": _power_of_two(max(sum(columns[i] for i in share) for share in shares)),
         "patch_dim": segments[0].segment.patches.shape[1],
-        "text_dim": segments[0].null_text.shape[1],
+        "text_dim": segments[0].null.text.shape[1],
     }
     rows = [[segments[i].segment for i in share] for share in shares]
-    null_rows = [[segments[i].segment._replace(text=segments[i].null_text) for i in share] for share in shares]
+    null_rows = [[segments[i].segment._replace(**segments[i].null._asdict()) for i in share] for share in shares]
     batches = [stack_rows([fill_row(row, **sizes) for row in some]) for some in (rows, null_rows)]
 
     num_steps = max(len(s.places) for s in segments)
@@ -269,7 +308,7 @@ def pack_canvas(segments: Sequence[CanvasSegment], num_rows: int = 1) -> Canvas:
 def unpack_clips(
     patches: Float[np.ndarray, "rows length values"],
     batch: PackedBatch,
-    requests: Sequence[ClipRequest],
+    sizes: Sequence[tuple[int, int, int]],
     patch: PatchConfig,
 ) -> list[Float[np.ndarray, "frames height width channels"]]:
     """Returns the clips that stand in packed rows, in the order of the requests.
@@ -277,17 +316,15 @@ def unpack_clips(
     Args:
         patches: (B, L, P), the rows after sampling.
         batch: the rows they were made in; `clip_ids` are places among the requests.
-        requests: the clips.
+        sizes: (t, h, w) of each clip, in what patches are cut of.
         patch: how clips are cut.
     """
-    clips: list = [None] * len(requests)
+    clips: list = [None] * len(sizes)
     for row, ids in enumerate(batch.clip_ids):
         for segment, clip_id in enumerate(ids):
             if clip_id >= 0:
-                request = requests[clip_id]
                 values = patches[row][batch.segment_ids[row] == segment + 1]
-                shape = (request.num_frames, request.height, request.width)
-                clips[clip_id] = unpatchify(values, *shape, patch.size, patch.channels)
+                clips[clip_id] = unpatchify(values, *sizes[clip_id], patch.size, patch.channels)
     return clips
 
 
