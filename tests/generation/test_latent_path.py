@@ -3,12 +3,11 @@
 import json
 
 import numpy as np
-import prepare_data
 import pytest
-import train
 from class_models import VAE, write_autoencoder
 from PIL import Image
 
+from sora_jax.commands import prepare_data, train
 from sora_jax.commands.evaluations import sampling
 from sora_jax.data.latents import LatentSource
 from sora_jax.models.autoencoder.image_vae import load_image_vae
