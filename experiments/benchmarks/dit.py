@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import statistics
 import time
@@ -43,10 +44,11 @@ from sora_jax.families.dit import (
     ClassConditionalTask,
     ClassSampleConfig,
 )
-from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
+from sora_jax.generation.dit_pipeline import DiTPipeline
+from sora_jax.generation.generator import sample_seeds, token_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.patches.patchify import patchify
+from sora_jax.patches.patchify import patchify, unpatchify
 from sora_jax.provenance import flat_names
 from sora_jax.training.flops import count_flops
 from sora_jax.training.optimizer import make_optimizer
@@ -209,6 +211,19 @@ def draw_inputs(model: DiTConfig, options: DiTOptions) -> Inputs:
     return Inputs(x, noise, steps, labels)
 
 
+def pipeline_noise(model: DiTConfig, options: DiTOptions, number: int) -> NumpyArray:
+    """Returns the noise that a pipeline starts from (number 0) or draws in a step (1 ...), (N, H, W, C)."""
+    seeds = sample_seeds(options.seed, np.arange(options.batch_size))
+    shape = math.prod(model.grid), model.patch_size**2 * model.in_channels
+    if number == 0:
+        patches = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+    else:
+        ids = jnp.ones((len(seeds), shape[0]), jnp.int32)
+        patches = np.asarray(token_noise(jnp.asarray(seeds)[:, None], jnp.int32(number - 1), ids, shape[1]))
+    size = (1, model.patch_size, model.patch_size)
+    return np.stack([unpatchify(image, 1, *model.image_size, size, model.in_channels)[0] for image in patches])
+
+
 def forward_and_sample(
     model: DiTConfig, options: DiTOptions, device: torch.device, compiled: bool
 ) -> tuple[Contest, Contest]:
@@ -221,8 +236,8 @@ def forward_and_sample(
     dtype = getattr(torch, options.dtype)
     theirs = theirs.to(device, dtype)
     network = torch.compile(theirs) if compiled else theirs
-    sampler = ClassConditionalSampler(model, params, devices=jax.local_devices()[:1])
-    params = sampler.params
+    pipeline = DiTPipeline(model, params, devices=jax.local_devices()[:1])
+    params = pipeline.params
     inputs = draw_inputs(model, options)
     apply = functools.partial(DiT(model).apply, method="on_images")
     forward = jax.jit(apply)
@@ -240,7 +255,7 @@ def forward_and_sample(
     check_agreement("forward", our_forward(), torch_dit.to_numpy(their_forward()), options)
 
     def our_sample() -> NumpyArray:
-        return sampler(
+        return pipeline(
             inputs.labels,
             options.seed,
             num_steps=options.num_steps,
@@ -255,9 +270,7 @@ def forward_and_sample(
         chain = torch_dit.guided_chain(network, noise, their_labels, null, GUIDANCE_SCALE, guided, steps, dtype)
         return torch_dit.to_numpy(chain)
 
-    key, indices = jax.random.key(options.seed), jnp.arange(options.batch_size)
-    draw = jax.jit(lambda number: sample_noise(key, indices, number, inputs.x.shape[1:]))
-    same = their_sample(lambda number: torch_dit.to_torch(np.asarray(draw(jnp.int32(number))), device))
+    same = their_sample(lambda number: torch_dit.to_torch(pipeline_noise(model, options, number), device))
     check_agreement("sample", our_sample(), same, options)
 
     def own_noise(number: int) -> torch.Tensor:

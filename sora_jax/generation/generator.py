@@ -190,7 +190,7 @@ class Generator:
             report = progress and (lambda step, done=done: progress(done + step, len(firsts) * num_steps))
             options = dict(sampler=sampler, interval=interval, wrap=wrap)
             state = self._sample(some, guided_values, options, first_step, longest_chunk, report)
-            self._check(np.asarray(state.first_bad) - first_step, some, names, num_steps)
+            self._check(np.asarray(state.first_bad), some, names, first_step + num_steps)
             sampled.append(np.asarray(state.x))
         return np.concatenate(sampled)
 

@@ -1,18 +1,25 @@
 import numpy as np
 import pytest
 
-from sora_jax.config import PatchConfig
-from sora_jax.diffusion.gaussian import flow_levels
-from sora_jax.diffusion.schedules import flow_times, start_at
-from sora_jax.generation.canvas import ClipRequest, canvas_segment, make_requests, pack_canvas, unpack_clips
+from sora_jax.config import FlowConfig, PatchConfig
+from sora_jax.diffusion.process import FlowProcess
+from sora_jax.generation.canvas import (
+    ClipRequest,
+    Condition,
+    canvas_segment,
+    make_requests,
+    pack_canvas,
+    unpack_clips,
+)
+from sora_jax.models.autoencoder.codec import IdentityCodec
 
 PATCH = PatchConfig(size=(2, 4, 4))
 NULL = np.full((2, 3), -1, np.float32)
 
 
 def segment(request, clip_id=0, num_tokens=3, num_steps=4):
-    ladder = flow_levels(start_at(flow_times(num_steps), request.strength))
-    return canvas_segment(request, clip_id, np.full((num_tokens, 3), clip_id, np.float32), NULL, PATCH, ladder)
+    condition, process = Condition(np.full((num_tokens, 3), clip_id, np.float32)), FlowProcess(FlowConfig())
+    return canvas_segment(request, clip_id, condition, Condition(NULL), IdentityCodec(), PATCH, process, num_steps)
 
 
 def test_requests_take_one_value_or_one_a_prompt():
@@ -49,7 +56,7 @@ def test_requests_take_one_value_or_one_a_prompt():
         (dict(known_frames=1), "known_frames must be between 0 and 0, got 1"),
         (dict(num_frames=3, known_frames=2), "content must be given for 2 known_frames"),
         (
-            dict(num_frames=3, known_frames=2, content=[np.zeros((1, 4, 4, 3))] * 2),
+            dict(num_frames=3, known_frames=2, content=[np.zeros((1, 4, 4, 3), np.float32)] * 2),
             r"\(2 or more, 4, 4, channels\), got \(1,",
         ),
         (dict(stagger=-1), "stagger must be a whole number of at least 0, got -1"),
@@ -79,7 +86,7 @@ def test_a_size_that_does_not_fit_the_patches_names_what_works():
 
 
 def test_known_frames_that_do_not_fill_patches_are_refused():
-    request = ClipRequest("a", 4, 4, 4, 8.0, 0, known_frames=1, content=np.zeros((1, 4, 4, 3)))
+    request = ClipRequest("a", 4, 4, 4, 8.0, 0, known_frames=1, content=np.zeros((1, 4, 4, 3), np.float32))
     with pytest.raises(ValueError, match="known_frames must be a multiple of the 2 frames of a patch, got 1"):
         segment(request)
 
@@ -150,6 +157,6 @@ def test_unpacking_gives_each_request_its_clip():
     segments = [segment(request, i) for i, request in enumerate(requests)]
     rows = pack_canvas(segments).rows
     marked = np.where(rows.segment_ids[..., None] > 0, 10.0 * rows.segment_ids[..., None], np.nan) + 0 * rows.patches
-    clips = unpack_clips(marked, rows, requests, PATCH)
+    clips = unpack_clips(marked, rows, [(r.num_frames, r.height, r.width) for r in requests], PATCH)
     assert [clip.shape for clip in clips] == [(3, 8, 8, 3), (1, 4, 8, 3), (2, 12, 8, 3)]
     assert [np.unique(clip).tolist() for clip in clips] == [[10], [20], [30]]
