@@ -5,6 +5,7 @@ Shapes are written with these letters everywhere:
     B  rows of a batch            L  tokens (patches) of a row
     P  values of a patch          K  most segments (clips) of a row
     M  caption tokens of a row    D  width of a caption token
+    J  noise levels of a row
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ class PackedBatch(NamedTuple):
     """Rows into which several clips are packed, with their captions.
 
     Segment ids count the clips of a row from 1; 0 marks padding, and every mask is made from them.
-    A segment has two noise levels in the table of its row: columns `2 * (id - 1)` (patches that are asked
-    for) and `2 * (id - 1) + 1` (patches that are known); `level_ids` holds each token's column.
+    A row has a table of J noise levels: `level_ids` holds each token's column of it, and a column belongs to a segment
+    and has a role (`sora_jax.patches.levels`). The levels themselves are drawn in training and moved in sampling.
 
     Attributes:
         patches: (B, L, P) float32, values in [-1, 1] for pixels; anything where padded.
         positions: (B, L, 3) float32, (t, y, x): t in seconds times the reference rate, y and x in patches.
         segment_ids: (B, L) int32, 1 ... K, 0 for padding.
-        level_ids: (B, L) int32, 0 ... 2K - 1, 0 where padded.
+        level_ids: (B, L) int32, 0 ... J - 1, 0 where padded.
+        level_segments: (B, J) int32, the segment that each column belongs to, 0 where it is unused.
+        level_roles: (B, J) int32, `ASKED`, `KNOWN` or `FREE`; anything where it is unused.
         loss_mask: (B, L) bool, the tokens that a loss is averaged over.
         text: (B, M, D) float16, token states of the captions.
         text_segment_ids: (B, M) int32, the segment that each caption token belongs to, 0 for padding.
@@ -49,6 +52,8 @@ class PackedBatch(NamedTuple):
     positions: Float[Array, "batch length 3"]
     segment_ids: Int[Array, "batch length"]
     level_ids: Int[Array, "batch length"]
+    level_segments: Int[Array, "batch levels"]
+    level_roles: Int[Array, "batch levels"]
     loss_mask: Bool[Array, "batch length"]
     text: Float[Array, "batch text_length text_dim"]
     text_segment_ids: Int[Array, "batch text_length"]

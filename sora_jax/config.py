@@ -108,6 +108,7 @@ class PackedDataConfig(BatchConfig):
         row_length: tokens of a packed row, L.
         text_length: caption tokens of a row, M; 0 leaves the captions out.
         max_segments: most clips of a row, K.
+        max_levels: most noise levels of a row, J (None: K, which suffices where each clip has one).
         max_caption_tokens: longer captions are cut to this many tokens.
         num_bins: rows that the packer fills at once.
         batch_size: a multiple of `num_shards`.
@@ -134,6 +135,7 @@ class PackedDataConfig(BatchConfig):
     row_length: int = 1024
     text_length: int = 256
     max_segments: int = 32
+    max_levels: int | None = None
     max_caption_tokens: int = 32
     num_bins: int = 64
     batch_size: int = 4
@@ -158,7 +160,9 @@ class PackedDataConfig(BatchConfig):
         check(self.crop_area[1] <= 1, self, "crop_area", "at most 1")
         check_range(self, "crop_aspect", 1e-2)
         check(self.crop_aspect[1] < math.inf, self, "crop_aspect", "finite")
-        check(self.max_clips is None or self.max_clips >= 1, self, "max_clips", "None or at least 1")
+        for field in ("max_clips", "max_levels"):
+            value = getattr(self, field)
+            check(value is None or value >= 1, self, field, "None or at least 1")
         check(0 <= self.caption_dropout <= 1, self, "caption_dropout", "between 0 and 1")
         for field in ("row_length", "max_segments", "num_bins", "num_shards", "prefetch"):
             check(getattr(self, field) >= 1, self, field, "at least 1")
@@ -183,6 +187,11 @@ class PackedDataConfig(BatchConfig):
         """What to change where no clip fits a row."""
         return f"raise data.row_length ({self.row_length}) or set data.oversize to 'resize'."
 
+    @property
+    def num_levels(self) -> int:
+        """Columns of a row's level table, J."""
+        return self.max_segments if self.max_levels is None else self.max_levels
+
     def for_evaluation(self: T) -> T:
         """Returns how held-out data is sampled and read: as it is, with every caption, in the main process."""
         crop = "none" if self.crop == "none" else "center"
@@ -199,6 +208,9 @@ class DataConfig(PackedDataConfig):
         long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept. Latents keep
             the size that they are stored with.
         still_share: share of samples that are single frames.
+        known_first_share: share of samples whose first latent frame is known, so that the model learns to animate it.
+        free_frames_share: share of samples each of whose latent frames has a noise level of its own, so that the model
+            learns to go on from frames of any level. The rest have one level, and so have stills.
     """
 
     eval_splits: tuple[str, ...] = ("unseen", "compositional")
@@ -206,6 +218,8 @@ class DataConfig(PackedDataConfig):
     fps: tuple[float, float] = (6.0, 12.0)
     long_side: tuple[int, int] = (32, 96)
     still_share: float = 0.2
+    known_first_share: float = 0.0
+    free_frames_share: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = self.max_caption_tokens
@@ -214,7 +228,12 @@ class DataConfig(PackedDataConfig):
         check_range(self, "num_frames", 1)
         check_range(self, "fps", 1e-3)
         check_range(self, "long_side", 1)
-        check(0 <= self.still_share <= 1, self, "still_share", "between 0 and 1")
+        for field in ("still_share", "known_first_share", "free_frames_share"):
+            check(0 <= getattr(self, field) <= 1, self, field, "between 0 and 1")
+        rest = 1 - self.known_first_share
+        check(self.free_frames_share <= rest, self, "free_frames_share", f"at most 1 - known_first_share = {rest:g}")
+        several = self.known_first_share + self.free_frames_share > 0
+        check(not several or self.max_levels is not None, self, "max_levels", "given where clips have several levels")
 
     @property
     def how_to_fit(self) -> str:
@@ -235,7 +254,12 @@ class FlowConfig:
         time_mean: mean of the logit-normal time (arXiv:2403.03206, section 3.1); positive is noisier.
         time_std: its standard deviation.
         min_time: with `x0`, the velocity that the loss compares is (x_t - x_0) / max(t, min_time).
+        base_tokens: times of a clip of n tokens are shifted, in training and in sampling, such that it is as uncertain
+            at them as one of `base_tokens` is without (arXiv:2403.03206, section 5.3.2); None shifts nothing.
         loss_weighting: the loss is a mean over tokens or, each clip counting the same, over clips.
+        free_times: of latent frames that have a time each: `independent`, or `rising` with the frames.
+        known_noise: known patches have a time drawn uniformly from [0, known_noise], so that what a user gives need not
+            be as clean as the data (arXiv:2106.15282 blurs and noises what it conditions on likewise).
     """
 
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -243,10 +267,15 @@ class FlowConfig:
     time_std: float = 1.0
     min_time: float = 0.05
     loss_weighting: Literal["token", "clip"] = "token"
+    free_times: Literal["independent", "rising"] = "independent"
+    known_noise: float = 0.0
+    base_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check(self.time_std > 0, self, "time_std", "positive")
         check(0 < self.min_time < 1, self, "min_time", "between 0 and 1")
+        check(self.base_tokens is None or self.base_tokens >= 1, self, "base_tokens", "None or at least 1")
+        check(0 <= self.known_noise < 1, self, "known_noise", "at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,18 @@ def to_pixels(values: Float[np.ndarray, "*shape"], what: str = "the samples") ->
     return np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+def from_pixels(pixels: NumpyArray) -> Float[np.ndarray, "*shape"]:
+    """Returns uint8 pixels as float32 values in [-1, 1].
+
+    Raises:
+        ValueError: pixels of another dtype.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"pixels must be uint8, got {pixels.dtype}.")
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
 def check_steps(first_bad: NumpyArray, names: list[str], num_steps: int, advice: str) -> None:
     """Raises where samples diverged on their way.
 

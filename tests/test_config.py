@@ -57,6 +57,10 @@ def test_json_is_read_strictly(changes, message):
         from_json(SoraConfig, edited(**changes))
 
 
+def test_a_key_that_an_older_file_lacks_has_its_default():
+    assert from_json(SoraConfig, edited(data__seed=KeyError)).data.seed == 0
+
+
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
@@ -65,6 +69,13 @@ def test_json_is_read_strictly(changes, message):
         (ModelConfig, {"num_heads": 64}, r"num_heads must be such that .* >= 6, got 64"),
         (c.DataConfig, {"num_frames": (5, 2)}, r"num_frames must be \(lowest, highest\) .* got \(5, 2\)"),
         (c.DataConfig, {"batch_size": 3}, r"batch_size must be a multiple of num_shards \(2\), got 3"),
+        (c.DataConfig, {"max_levels": 0}, r"max_levels must be None or at least 1, got 0"),
+        (c.DataConfig, {"known_first_share": 0.5}, r"max_levels must be given where clips have several levels"),
+        (
+            c.DataConfig,
+            {"known_first_share": 0.5, "free_frames_share": 0.6, "max_levels": 8},
+            r"free_frames_share must be at most 1 - known_first_share = 0\.5, got 0\.6",
+        ),
         (c.DataConfig, {"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5"),
         (c.DataConfig, {"text_length": 8}, r"text_length must be at least max_caption_tokens \(32\), got 8"),
         (c.FlowConfig, {"time_std": 0.0}, r"time_std must be positive"),

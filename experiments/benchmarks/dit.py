@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import statistics
 import time
@@ -43,10 +44,12 @@ from sora_jax.families.dit import (
     ClassConditionalTask,
     ClassSampleConfig,
 )
-from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
+from sora_jax.generation.dit_pipeline import DiTPipeline
+from sora_jax.generation.generator import sample_seeds, token_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.patches.patchify import grid_shape, patchify
+from sora_jax.patches.levels import one_level
+from sora_jax.patches.patchify import grid_shape, patchify, unpatchify
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.provenance import flat_names
@@ -211,6 +214,19 @@ def draw_inputs(model: DiTConfig, options: DiTOptions) -> Inputs:
     return Inputs(x, noise, steps, labels)
 
 
+def pipeline_noise(model: DiTConfig, options: DiTOptions, number: int) -> NumpyArray:
+    """Returns the noise that a pipeline starts from (number 0) or draws in a step (1 ...), (N, H, W, C)."""
+    seeds = sample_seeds(options.seed, np.arange(options.batch_size))
+    shape = math.prod(model.grid), model.patch_size**2 * model.in_channels
+    if number == 0:
+        patches = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+    else:
+        ids = jnp.ones((len(seeds), shape[0]), jnp.int32)
+        patches = np.asarray(token_noise(jnp.asarray(seeds)[:, None], jnp.int32(number - 1), ids, shape[1]))
+    size = (1, model.patch_size, model.patch_size)
+    return np.stack([unpatchify(image, 1, *model.image_size, size, model.in_channels)[0] for image in patches])
+
+
 def forward_and_sample(
     model: DiTConfig, options: DiTOptions, device: torch.device, compiled: bool
 ) -> tuple[Contest, Contest]:
@@ -223,8 +239,8 @@ def forward_and_sample(
     dtype = getattr(torch, options.dtype)
     theirs = theirs.to(device, dtype)
     network = torch.compile(theirs) if compiled else theirs
-    sampler = ClassConditionalSampler(model, params, devices=jax.local_devices()[:1])
-    params = sampler.params
+    pipeline = DiTPipeline(model, params, devices=jax.local_devices()[:1])
+    params = pipeline.params
     inputs = draw_inputs(model, options)
     apply = functools.partial(DiT(model).apply, method="on_images")
     forward = jax.jit(apply)
@@ -242,7 +258,7 @@ def forward_and_sample(
     check_agreement("forward", our_forward(), torch_dit.to_numpy(their_forward()), options)
 
     def our_sample() -> NumpyArray:
-        return sampler(
+        return pipeline(
             inputs.labels,
             options.seed,
             num_steps=options.num_steps,
@@ -257,9 +273,7 @@ def forward_and_sample(
         chain = torch_dit.guided_chain(network, noise, their_labels, null, GUIDANCE_SCALE, guided, steps, dtype)
         return torch_dit.to_numpy(chain)
 
-    key, indices = jax.random.key(options.seed), jnp.arange(options.batch_size)
-    draw = jax.jit(lambda number: sample_noise(key, indices, number, inputs.x.shape[1:]))
-    same = their_sample(lambda number: torch_dit.to_torch(np.asarray(draw(jnp.int32(number))), device))
+    same = their_sample(lambda number: torch_dit.to_torch(pipeline_noise(model, options, number), device))
     check_agreement("sample", our_sample(), same, options)
 
     def own_noise(number: int) -> torch.Tensor:
@@ -346,11 +360,13 @@ def training_config(model: DiTConfig, options: DiTOptions) -> ClassConditionalCo
 def image_rows(images: NumpyArray, labels: NumpyArray, patch: PatchConfig) -> PackedBatch:
     """Returns equal images (N, H, W, C), of latents or pixels, as packed rows of one image each."""
     positions = grid_positions(grid_shape(1, *images.shape[1:3], patch.size), 1.0, patch)
-    text, known = np.zeros((0, 0), TEXT_DTYPE), np.zeros(len(positions), bool)
-    budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
+    text, levels = np.zeros((0, 0), TEXT_DTYPE), one_level(len(positions))
+    budgets = dict(
+        row_length=len(positions), text_length=0, max_segments=1, max_levels=1, patch_dim=patch.dim, text_dim=0
+    )
     return stack_rows(
         [
-            fill_row([Segment(patchify(x[None], patch.size), positions, text, known, 0, int(label))], **budgets)
+            fill_row([Segment(patchify(x[None], patch.size), positions, text, levels, 0, int(label))], **budgets)
             for x, label in zip(images, labels, strict=True)
         ]
     )

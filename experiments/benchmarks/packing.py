@@ -318,6 +318,7 @@ def draw_batches(
             row_length=shape.row_length,
             text_length=shape.text_length,
             max_segments=shape.max_segments,
+            max_levels=config.data.max_levels,
             patch_dim=config.patch.dim,
             text_dim=captions.dim,
         )

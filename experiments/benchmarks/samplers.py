@@ -23,11 +23,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.training_step import device_name
+from sora_jax.config import FlowConfig
 from sora_jax.diffusion.exact import mixture_denoiser
 from sora_jax.diffusion.gaussian import flow_levels
-from sora_jax.diffusion.samplers import SAMPLERS, Sampler, sample_chunk, start
-from sora_jax.diffusion.schedules import flow_times
+from sora_jax.diffusion.process import FlowProcess
+from sora_jax.diffusion.samplers import SAMPLERS, Sampler
 from sora_jax.generation.canvas import make_requests
+from sora_jax.generation.generator import Generator, plain_draw, sample_seeds
 from sora_jax.generation.pipeline import SoraPipeline
 
 WEIGHTS, STD = np.array([0.4, 0.25, 0.2, 0.15]), 0.1
@@ -82,14 +84,14 @@ def model_rows(options: SamplersOptions) -> list[dict[str, Any]]:
     requests = make_requests(
         options.prompts,
         options.seed,
+        guidance_scale=asked.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         **{name: getattr(asked, name) for name in ("num_frames", "height", "width", "fps")},
     )
-    scale = asked.guidance_scale if options.guidance_scale is None else options.guidance_scale
 
     def clips(name: str, num_steps: int, description: str) -> np.ndarray:
         with tqdm(total=num_steps, desc=description, unit="step") as bar:
-            made = pipeline.sample(
-                requests, flow_times(num_steps), scale, name, lambda done, total: bar.update(done - bar.n)
+            made = pipeline.clips(
+                requests, options.prompts, num_steps, name, progress=lambda done, total: bar.update(done - bar.n)
             )
         return np.stack(made)
 
@@ -125,14 +127,16 @@ def mixture_rows(options: SamplersOptions) -> list[dict[str, Any]]:
 
 def sample_mixture(sampler: Sampler, num_steps: int, options: SamplersOptions) -> np.ndarray:
     """Returns (num_points, 2) samples of the mixture."""
-    denoise, key = mixture_denoiser(WEIGHTS, MEANS, STD), jax.random.key(options.seed)
-    levels, shape = flow_levels(flow_times(num_steps)), (options.num_points, 2)
+    process, told = FlowProcess(FlowConfig()), mixture_denoiser(WEIGHTS, MEANS, STD)
 
-    def noise(index: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, index), shape)
+    def velocity(params: tuple[()], rows: tuple[()], x: jax.Array, t: jax.Array) -> jax.Array:
+        said = told(x, flow_levels(t))
+        return said.noise - said.x0
 
-    state = start(sampler, jax.random.normal(jax.random.fold_in(key, 2**31), shape), levels)
-    return np.asarray(jax.jit(lambda state: sample_chunk(denoise, state, levels, sampler, noise).x)(state), np.float64)
+    generator = Generator(velocity, process, (), jax.local_devices()[:1])
+    draw = plain_draw((2,), process.ladder(num_steps), sample_seeds(options.seed, np.arange(options.num_points)))
+    names = [f"point {i}" for i in range(options.num_points)]
+    return generator(draw, sampler, names, longest_chunk=num_steps).astype(np.float64)
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:

@@ -159,23 +159,24 @@ def generate_classes(options: GenerateOptions) -> None:
         raise ValueError(f"--guided-channels must be 0 (all) or more, got {options.guided_channels}.")
 
     from sora_jax.generation import video_io
-    from sora_jax.generation.class_conditional import ClassConditionalSampler
+    from sora_jax.generation.dit_pipeline import DiTPipeline
     from sora_jax.generation.progress import ProgressBar
     from sora_jax.pixels import to_pixels
 
     check_writable("--output", options.output, directory=True)
     if options.json is not None:
         check_writable("--json", options.json)
-    sampler = ClassConditionalSampler.from_pretrained(options.checkpoint, options.vae)
-    num_classes = sampler.config.num_classes
+    pipeline = DiTPipeline.from_pretrained(options.checkpoint, options.vae)
+    num_classes = pipeline.config.num_classes
     # The null class, of which no image is meant to be seen, is none of them.
     if bad := [label for label in options.class_labels if not 0 <= label < num_classes]:
         raise ValueError(f"--class-labels must be between 0 and {num_classes - 1}, the model's classes, got {bad[0]}.")
     size = tuple(
         given[0] if given else side
-        for given, side in zip((options.height, options.width), sampler.image_size, strict=True)
+        for given, side in zip((options.height, options.width), pipeline.image_size, strict=True)
     )
-    num_steps = min(250, sampler.num_levels) if options.num_steps is None else options.num_steps
+    pipeline.check_size(size)
+    num_steps = min(250, pipeline.process.most_steps) if options.num_steps is None else options.num_steps
     settings = {
         "sampler": options.sampler or "ancestral",
         "num_steps": num_steps,
@@ -183,16 +184,9 @@ def generate_classes(options: GenerateOptions) -> None:
         "guided_channels": options.guided_channels or None,
     }
     if options.guidance_scale is None:
-        settings["guidance_scale"] = 4.0 if sampler.config.has_null_class else 1.0
+        settings["guidance_scale"] = 4.0 if pipeline.config.has_null_class else 1.0
     loaded = time.perf_counter()
-    bar = ProgressBar()
-    images = sampler(
-        options.class_labels,
-        options.seed,
-        image_size=sampler.cells(size),
-        progress=lambda done: bar(done, num_steps),
-        **settings,
-    )
+    images = pipeline(options.class_labels, options.seed, image_size=size, progress=ProgressBar(), **settings)
     sampled = time.perf_counter()
     frames = to_pixels(np.broadcast_to(images, (*images.shape[:-1], 3)))
     output, report = epath.Path(options.output), []

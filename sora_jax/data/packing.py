@@ -11,6 +11,7 @@ import bisect
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from sora_jax.data.captions import CaptionStates
 from sora_jax.data.content import Content
 from sora_jax.data.labelled import LabelledDataConfig, draw_labelled_sample
 from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, select_clips
+from sora_jax.patches.levels import TABLES, num_levels, segment_levels
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row
@@ -92,7 +94,8 @@ class Shard(Iterator[PackedBatch]):
                 grain.experimental.BestFitPackIterDataset(
                     plans.to_iter_dataset(options),
                     length_struct={"patches": data.row_length, "sample": data.max_segments}
-                    | ({"text": data.text_length} if captions is not None else {}),
+                    | ({"text": data.text_length} if captions is not None else {})
+                    | ({"levels": data.max_levels} if data.max_levels is not None else {}),
                     num_packing_bins=data.num_bins,
                     seed=data.seed,
                 )
@@ -138,6 +141,9 @@ class Shard(Iterator[PackedBatch]):
             if text > self._data.text_length:
                 return self._leave_out(clip, TOO_LONG_CAPTION)
             needs["text"] = np.zeros(text, np.uint8)
+        if self._data.max_levels is not None:
+            frames = math.ceil(sample.num_frames / self._patch.size[0])
+            needs["levels"] = np.zeros(num_levels(TABLES[sample.table], frames), np.uint8)
         self._misses = 0
         self.num_reduced += sample.reduced
         return needs
@@ -172,10 +178,11 @@ class Shard(Iterator[PackedBatch]):
         grid = grid_shape(sample.num_frames, sample.height, sample.width, self._patch.size)
         positions = grid_positions(grid, sample.fps, self._patch)
         extent = positions.max(axis=0) + 1
+        frames = np.repeat(np.arange(grid[0]), grid[1] * grid[2])
         if sample.num_kept:
             rng = np.random.default_rng(sample.drop_seed)
             kept = kept_tokens(rng, len(patches), 1 - sample.num_kept / len(patches))
-            patches, positions = patches[kept], positions[kept]
+            patches, positions, frames = patches[kept], positions[kept], frames[kept]
         if self._captions is None:
             text = np.zeros((0, 0), TEXT_DTYPE)
         else:
@@ -184,7 +191,7 @@ class Shard(Iterator[PackedBatch]):
             patches=patches,
             positions=positions,
             text=text,
-            known=np.zeros(len(patches), bool),
+            levels=segment_levels(TABLES[sample.table], frames, grid[0]),
             clip_id=sample.clip,
             label=sample.label,
             extent=extent,
@@ -211,6 +218,7 @@ def row_budgets(data: PackedDataConfig, patch: PatchConfig, captions: CaptionSta
         "row_length": data.row_length,
         "text_length": data.text_length,
         "max_segments": data.max_segments,
+        "max_levels": data.num_levels,
         "patch_dim": patch.dim,
         "text_dim": captions.dim if captions is not None else 0,
     }

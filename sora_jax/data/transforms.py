@@ -38,6 +38,7 @@ class Sample:
         flip: whether it is the mirror image.
         crop_top, crop_left, crop_height, crop_width: the part of the stored picture that it is, 0 for all of it.
         draw_seed: of the draw from a stored posterior.
+        table: of its noise levels, a place of `sora_jax.patches.levels.TABLES`.
         reduced: whether it was made smaller than drawn to fit a row; the row that is packed does not say.
     """
 
@@ -58,6 +59,7 @@ class Sample:
     crop_height: int = 0
     crop_width: int = 0
     draw_seed: int = 0
+    table: int = 0
     reduced: bool = False
 
     def frame_indices(self, clip_fps: float, clip_frames: int) -> list[int]:
@@ -88,7 +90,7 @@ class Sample:
         return cls(*(kind(value) for kind, value in zip(_ROW, row, strict=True)))
 
 
-_ROW = (int, float, int, float, int, int, bool, float, *(int,) * 3, bool, *(int,) * 5)  # of the fields but the last
+_ROW = (int, float, int, float, int, int, bool, float, *(int,) * 3, bool, *(int,) * 6)  # of the fields but the last
 
 
 def fit_size(
@@ -151,7 +153,7 @@ def draw_sample(
     Returns:
         The sample, or None where it does not fit a row and `data.oversize` is `skip` (or nothing smaller fits).
     """
-    still, frames, rate, side, start, dropped = rng.random(6)
+    still, frames, rate, side, start, dropped, table = rng.random(7)
     fps = min(_log_uniform(rate, *data.fps), clip_fps)
     if clip_frames == 1 or still < data.still_share:
         num_frames = 1
@@ -174,8 +176,16 @@ def draw_sample(
     if size is None or not num_frames:
         return None
     last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
+    bounds = 1 - data.known_first_share - data.free_frames_share, 1 - data.free_frames_share
     sample = Sample(
-        clip, start * last_start, num_frames, fps, *size, bool(dropped < data.caption_dropout), reduced=reduced
+        clip,
+        start * last_start,
+        num_frames,
+        fps,
+        *size,
+        bool(dropped < data.caption_dropout),
+        table=int(np.searchsorted(bounds, table, side="right")),
+        reduced=reduced,
     )
     return augmented(rng, sample, box, data, resizable)
 

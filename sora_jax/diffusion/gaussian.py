@@ -74,7 +74,7 @@ def flow_levels(times: Float[np.ndarray, "*times"]) -> Levels:
     return Levels(times, 1 - times, times, times * 0 + 1)
 
 
-def expand(level: Shaped[Array, "..."], x: Float[Array, "..."]) -> Array:
+def expand(level: Shaped[Array, "..."], x: Shaped[Array, "..."]) -> Array:
     """Gives a level trailing axes, so that it broadcasts against `x`, whose first axes it has.
 
     Raises:

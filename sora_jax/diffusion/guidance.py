@@ -23,24 +23,22 @@ from sora_jax.diffusion.samplers import Denoise, Network
 
 
 def classifier_free(
-    conditional: Network, unconditional: Network, scale: float | Array, channels: int | None = None
+    conditional: Network, unconditional: Network, scale: float | Array, values: Array | None = None
 ) -> Network:
     """Returns the network of equation 1; a scale of 1 is no guidance.
 
     Args:
         conditional: gives f_text.
         unconditional: gives f_null.
-        scale: of the guidance.
-        channels: so many of the first channels (of the last axis) are guided, and the others are the conditional
-            network's; None for all. The official DiT sampler guides three of four, and no variance.
+        scale: of the guidance, broadcast against what is predicted.
+        values: bool, broadcast against what is predicted: what is guided, the rest being the conditional network's;
+            None for all. The official DiT sampler guides three of four channels, and no variance.
     """
 
     def network(x: Array, time: Array) -> Array:
         text, null = conditional(x, time), unconditional(x, time)
         guided = null + scale * (text - null)
-        if channels is None:
-            return guided
-        return jnp.concatenate([guided[..., :channels], text[..., channels:]], axis=-1)
+        return guided if values is None else jnp.where(values, guided, text)
 
     return network
 

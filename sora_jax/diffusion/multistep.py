@@ -14,6 +14,10 @@ carries that line far away, and ends behind Euler's method. A step that is more 
 the one before is therefore of order 1, which the published algorithms do for the step onto clean data alone; their
 form is a `longest_ratio` of infinity.
 
+Levels may differ from token to token, and some may begin to move late, stop early or rest. A token's memory is of the
+steps in which it moved, however many others were made meanwhile, so that it goes where it would go on a ladder of its
+own.
+
 A level that does not move, alpha = 0 and sigma = 0 leave each operand finite, so that derivatives are finite too.
 """
 
@@ -22,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array
@@ -42,12 +47,15 @@ def log_snr(level: Levels) -> Array:
 class Before(NamedTuple):
     """What a multi-step sampler remembers of the step before, and of the one before that.
 
+    A step here is one in which the level moved; a token's memory stays as it is in the others.
+
     Attributes:
         x: the state that the step started from.
         alpha: its level's.
         sigma: its level's.
         x0: the clean data that the network told then, and a step earlier.
         log_snr: lambda of these two levels.
+        steps: int32 of the level's shape, how many were made.
     """
 
     x: Array
@@ -55,6 +63,7 @@ class Before(NamedTuple):
     sigma: Array
     x0: tuple[Array, Array]
     log_snr: tuple[Array, Array]
+    steps: Array
 
     @classmethod
     def nothing(cls, x: Array, level: Levels) -> Before:
@@ -67,17 +76,21 @@ class Before(NamedTuple):
             jnp.ones_like(sigma),
             (jnp.zeros_like(x), jnp.zeros_like(x)),
             (jnp.zeros_like(sigma), jnp.zeros_like(sigma)),
+            jnp.zeros(sigma.shape, jnp.int32),
         )
 
-    def then(self, x: Array, x0: Array, level: Levels) -> Before:
-        """Returns the memory after a step that started from x at `level`, where the network told `x0`."""
-        alpha, sigma = (jnp.asarray(part) for part in (level.alpha, level.sigma))
-        return Before(x, alpha, sigma, (x0, self.x0[0]), (log_snr(level), self.log_snr[0]))
+    def then(self, x: Array, x0: Array, now: Levels, to: Levels) -> Before:
+        """Returns the memory after a step from x at the level `now`, where the network told `x0`, to the level `to`."""
+        alpha, sigma = (jnp.asarray(part) for part in (now.alpha, now.sigma))
+        after = Before(x, alpha, sigma, (x0, self.x0[0]), (log_snr(now), self.log_snr[0]), self.steps + 1)
+        moves = sigma != to.sigma
+        keep = lambda new, old: jnp.where(expand(moves, new), new, old)  # noqa: E731
+        return jax.tree.map(keep, after, self)
 
-    def extrapolate(self, x0: Array, now: Levels, to: Levels, index: Array, longest_ratio: float) -> Array:
+    def extrapolate(self, x0: Array, now: Levels, to: Levels, longest_ratio: float) -> Array:
         """Returns D of equation 2: x0 itself in the first step, in one onto clean data and in one that is too long."""
         h, h_before = log_snr(to) - log_snr(now), log_snr(now) - self.log_snr[0]
-        follows = (index > 0) & (jnp.asarray(to.sigma) > 0) & _follows(h, h_before, longest_ratio)
+        follows = (self.steps > 0) & (jnp.asarray(to.sigma) > 0) & _follows(h, h_before, longest_ratio)
         ahead = jnp.where(follows, h / jnp.where(follows, h_before, 1) / 2, 0)
         return x0 + expand(ahead, x0) * (x0 - self.x0[0])
 
@@ -121,7 +134,7 @@ class DPMSolver:
     ) -> tuple[Array, Before]:
         """Returns x at the level `to`."""
         x0 = denoise(x, now).x0
-        d, after = memory.extrapolate(x0, now, to, index, self.longest_ratio), memory.then(x, x0, now)
+        d, after = memory.extrapolate(x0, now, to, self.longest_ratio), memory.then(x, x0, now, to)
         kept, gained = shares(now.alpha, now.sigma, to)
         if not self.sde:
             return expand(kept, x) * x + expand(gained, x) * d, after
@@ -154,15 +167,15 @@ class UniPC:
     ) -> tuple[Array, Before]:
         """Corrects x at the level `now`, then returns the prediction at the level `to`."""
         x0 = denoise(x, now).x0
-        x = jnp.where(index > 0, self._correct(x0, memory, now, index), x)
+        x = jnp.where(expand(memory.steps > 0, x), self._correct(x0, memory, now), x)
         kept, gained = shares(now.alpha, now.sigma, to)
-        d = memory.extrapolate(x0, now, to, index, self.longest_ratio)
-        return expand(kept, x) * x + expand(gained, x) * d, memory.then(x, x0, now)
+        d = memory.extrapolate(x0, now, to, self.longest_ratio)
+        return expand(kept, x) * x + expand(gained, x) * d, memory.then(x, x0, now, to)
 
-    def _correct(self, x0: Array, memory: Before, now: Levels, index: Array) -> Array:
+    def _correct(self, x0: Array, memory: Before, now: Levels) -> Array:
         """Makes the last step again, now that `x0` is known where it led to."""
         h, h_before = log_snr(now) - memory.log_snr[0], memory.log_snr[0] - memory.log_snr[1]
-        follows = (index > 1) & (h > 0) & _follows(h, h_before, self.longest_ratio)
+        follows = (memory.steps > 1) & (h > 0) & _follows(h, h_before, self.longest_ratio)
         h, h_before = jnp.where(follows, h, 1), jnp.where(follows, h_before, 1)
         earlier = -h_before / h
         # The weights solve rho_0 + rho_1 = b_0, earlier rho_0 + rho_1 = b_1 (arXiv:2302.04867, Eq. 12).

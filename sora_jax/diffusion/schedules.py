@@ -195,6 +195,18 @@ def flow_times(num_steps: int, shift: float = 1.0) -> Float[np.ndarray, " times"
     return shift_times(np.linspace(1.0, 0.0, num_steps + 1), shift).astype(np.float32)
 
 
+def start_at(times: Float[np.ndarray, " times"], strength: float) -> Float[np.ndarray, " started"]:
+    """Returns the times that are left of falling ones where a sampler starts at the time `strength` (SDEdit,
+    arXiv:2108.01073): that, and all below it. A strength of 1 leaves all.
+
+    Raises:
+        ValueError: a strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength}.")
+    return np.append(np.asarray(strength, times.dtype), times[times < strength])
+
+
 def shift_times(t: Float[Array, "*batch"], shift: float) -> Float[Array, "*batch"]:
     """Returns equation 6; its fixed points are 0 and 1.
 
@@ -203,6 +215,11 @@ def shift_times(t: Float[Array, "*batch"], shift: float) -> Float[Array, "*batch
     """
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}.")
+    return shifted(t, shift)
+
+
+def shifted(t: Float[Array, "*batch"], shift: Array | float) -> Float[Array, "*batch"]:
+    """Returns equation 6, unchecked, for shifts that may be arrays, broadcast against `t`."""
     return shift * t / (1 + (shift - 1) * t)
 
 

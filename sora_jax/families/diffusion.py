@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,10 @@ from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.images import StillsConfig
 from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 from sora_jax.diffusion import binomial, likelihood, schedules
-from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels
+from sora_jax.diffusion.gaussian import Levels, discrete_levels
 from sora_jax.diffusion.likelihood import BoundTerms
-from sora_jax.diffusion.losses import hybrid_error, prediction_error
-from sora_jax.diffusion.samplers import Denoise, denoiser
+from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
+from sora_jax.diffusion.samplers import Denoise
 from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig
 from sora_jax.models.multiscale import MultiscaleConfig, MultiscaleConvolution
 from sora_jax.models.unet import UNet, UNetConfig
@@ -43,56 +43,6 @@ from sora_jax.training.task import Loss
 ExampleConfig = SwissRollConfig | HeartbeatConfig | DeadLeavesConfig | StillsConfig
 NetworkConfig = RBFConfig | MLPConfig | MultiscaleConfig | UNetConfig
 HYBRID_SHARE = 0.001
-
-
-@dataclasses.dataclass(frozen=True)
-class GaussianConfig:
-    """A discrete Gaussian process, what the network says of it, and the loss.
-
-    Attributes:
-        num_levels: steps of the process, T.
-        schedule: of the betas: `linear` (DDPM's, scaled by 1000 / num_levels), `cosine`, or `log_snr`, evenly spaced in
-            log(alpha^2 / sigma^2).
-        log_snr_range: lowest and highest of `log_snr`.
-        learn_betas: train the betas from the schedule on, all but the first (arXiv:1503.03585, section 2.4.1); needs
-            the loss `bound`.
-        prediction: what the network predicts.
-        variance: of the reverse steps, `small`, `large` or `learned` between them.
-        last_variance: of the last step in the bound, where the variance is not learned: `beta`, or `posterior` as in
-            the code of DDPM (see `sora_jax.diffusion.likelihood.bound`).
-        loss: equation 2, 3 or 4.
-        discrete: values are 8-bit and lie in [-1, 1]: L_0 is a mass, and x_0 is clipped to that range.
-    """
-
-    num_levels: int = 1000
-    schedule: Literal["linear", "cosine", "log_snr"] = "linear"
-    log_snr_range: tuple[float, float] = (-8.0, 14.0)
-    learn_betas: bool = False
-    prediction: Literal["noise", "x0", "v"] = "noise"
-    variance: Literal["small", "large", "learned"] = "small"
-    last_variance: Literal["beta", "posterior"] = "beta"
-    loss: Literal["simple", "hybrid", "bound"] = "simple"
-    discrete: bool = False
-
-    def __post_init__(self) -> None:
-        check(self.num_levels >= 2, self, "num_levels", "at least 2")
-        few = self.schedule == "linear" and self.num_levels < 21
-        check(not few, self, "num_levels", "at least 21 for the schedule 'linear'")
-        low, high = self.log_snr_range
-        check(-30 <= low < high <= 30, self, "log_snr_range", "(lowest, highest) with -30 <= lowest < highest <= 30")
-        learns = self.variance == "learned"
-        check(learns or self.loss != "hybrid", self, "loss", "simple or bound where variance is not learned")
-        check(not learns or self.loss != "simple", self, "loss", "hybrid or bound where variance is learned")
-        check(not self.learn_betas or self.loss == "bound", self, "learn_betas", "false where loss is not bound")
-
-    def betas(self) -> Float[np.ndarray, " steps"]:
-        """Returns the betas of the schedule, float64."""
-        if self.schedule == "linear":
-            return schedules.linear_betas(self.num_levels)
-        if self.schedule == "cosine":
-            return schedules.cosine_betas(self.num_levels)
-        low, high = self.log_snr_range
-        return schedules.log_snr_betas(self.num_levels, high, low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +80,7 @@ class DiffusionConfig(StudyConfig):
 
     data: ExampleConfig = SwissRollConfig()  # noqa: RUF009
     model: NetworkConfig = MLPConfig()  # noqa: RUF009
-    process: GaussianConfig | BinomialConfig = GaussianConfig()
+    process: GaussianConfig | BinomialConfig = GaussianConfig()  # noqa: RUF009
     num_held_out: int = 1000
     num_draws: int = 1
     num_samples: int = 64
@@ -195,12 +145,12 @@ class DiffusionTask:
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.network = build_network(config.model)
+        self.model = build_network(config.model)
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns {"network": its parameters}, boxed with their logical axes."""
         x = jnp.zeros((1, *self.config.data.shape))
-        return {"network": self.network.init(key, x, jnp.zeros(1))["params"]}
+        return {"network": self.model.init(key, x, jnp.zeros(1))["params"]}
 
     def abstract_batch(self, num_rows: int | None = None) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of a batch of examples, (B, ...) float32."""
@@ -220,18 +170,22 @@ class DiffusionTask:
         """Returns nothing more."""
         return {}
 
-    def apply(self, params: PyTree, x: Array, steps: Array, dropout: jax.Array | None = None) -> Array:
-        """Returns the network's output.
+    def network(
+        self, params: PyTree, rows: tuple[()], x: Array, levels: Array, dropout: jax.Array | None = None
+    ) -> Array:
+        """Returns what the network says of examples, in training and in sampling.
 
         Args:
             params: of `init_params`.
+            rows: nothing: examples are conditioned on nothing.
             x: (B, ...).
-            steps: () or (B,), of the process.
+            levels: () or (B,), the step of each.
             dropout: key of the dropout; None leaves it out.
         """
-        steps = jnp.broadcast_to(steps, x.shape[:1])
+        del rows
+        steps = jnp.broadcast_to(levels, x.shape[:1])
         rngs = None if dropout is None else {"dropout": dropout}
-        return self.network.apply({"params": params["network"]}, x, steps, deterministic=dropout is None, rngs=rngs)
+        return self.model.apply({"params": params["network"]}, x, steps, deterministic=dropout is None, rngs=rngs)
 
     def draw(self, rows: Array, key: jax.Array, num_steps: int, training: bool) -> tuple[Array, jax.Array, jax.Array]:
         """Returns what the rows of a batch draw: steps (B,), a key for each row (B,), and one for all.
@@ -279,40 +233,31 @@ class GaussianTask(DiffusionTask):
             dropout: key of the dropout; None leaves it out.
             clip: 8-bit values to [-1, 1]; not in training, where what is clipped would learn nothing.
         """
-        process = self.config.process
-        return denoiser(
-            lambda x, time: self.apply(params, x, time, dropout),
-            process.prediction,
-            clip=(-1.0, 1.0) if clip and process.discrete else None,
-            learned_range=process.variance == "learned",
-        )
+        return self.process(params).denoiser(lambda x, time: self.network(params, (), x, time, dropout), clip)
+
+    def process(self, params: PyTree) -> DiscreteProcess:
+        """Returns the process, whose levels depend on the parameters where betas are learned."""
+        clip = (-1.0, 1.0) if self.config.process.discrete else None
+        return DiscreteProcess(self.config.process, clip, self.levels(params))
 
     def loss(self, params: PyTree, batch: Array, rows: Int[Array, " rows"], key: jax.Array, training: bool) -> Loss:
         """Returns equation 2, 3 or 4."""
         process = self.config.process
         steps, keys, shared = self.draw(rows, key, process.num_levels, training)
         noise = jax.vmap(lambda key: jax.random.normal(key, batch.shape[1:]))(keys)
-        levels = self.levels(params)
-        index = process.num_levels - 1 - steps
-        now, to = (Levels(*(jnp.asarray(a)[i] for a in levels)) for i in (index, index + 1))
         dropout = shared if training else None
-        if process.loss == "simple":
-            output = self.apply(params, corrupt(batch, noise, now.alpha, now.sigma), now.time, dropout)
-            flat = (a.reshape(len(batch), -1) for a in (output, batch, noise))
-            error = prediction_error(*flat, now.alpha, now.sigma, process.prediction)
+        if process.loss == "bound":
+            levels, denoise = self.levels(params), self.denoise(params, dropout, clip=False)
+            floored = process.variance == "learned" or process.last_variance == "posterior"
+            floor = likelihood.last_floor(levels) if floored else None
+            now, to = self.process(params).at(steps)
+            terms, _ = likelihood.step_term(denoise, batch, noise, now, to, process.variance, process.discrete, floor)
+            terms = process.num_levels * terms + likelihood.prior_term(batch, Levels(*(a[0] for a in levels)))
+            error = terms.reshape(len(batch), -1).sum(axis=1)
         else:
-            denoise, floor = self.denoise(params, dropout, clip=False), likelihood.last_floor(levels)
-            if process.loss == "hybrid":
-                share = HYBRID_SHARE * process.num_levels
-                error = hybrid_error(denoise, batch, noise, now, to, share, process.discrete, floor, process.prediction)
-                error = error.reshape(len(batch), -1).mean(axis=1)
-            else:
-                floor = floor if process.variance == "learned" or process.last_variance == "posterior" else None
-                terms, _ = likelihood.step_term(
-                    denoise, batch, noise, now, to, process.variance, process.discrete, floor
-                )
-                terms = process.num_levels * terms + likelihood.prior_term(batch, Levels(*(a[0] for a in levels)))
-                error = terms.reshape(len(batch), -1).sum(axis=1)
+            network = lambda x, time: self.network(params, (), x, time, dropout)  # noqa: E731
+            share = HYBRID_SHARE * process.num_levels
+            error = self.process(params).error(network, batch, noise, steps, share)
         count = jnp.float32(len(batch))
         return Loss(error.sum(), count, {"examples": count})
 
@@ -336,7 +281,7 @@ class BinomialTask(DiffusionTask):
 
     def network_of(self, params: PyTree, dropout: jax.Array | None = None) -> Callable[[Array, Array], Array]:
         """Returns the function of (x, step) that `sora_jax.diffusion.binomial` takes."""
-        return lambda x, step: self.apply(params, x, step, dropout)
+        return lambda x, step: self.network(params, (), x, step, dropout)
 
     def loss(self, params: PyTree, batch: Array, rows: Int[Array, " rows"], key: jax.Array, training: bool) -> Loss:
         """Returns equation 4 without L_T, which the network cannot change (and which is 0 where the last beta is 1)."""

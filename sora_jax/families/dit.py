@@ -21,14 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sora_jax.array_types import Array, Int, PackedBatch, PyTree
+from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import ExperimentConfig, PatchConfig, check
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig
-from sora_jax.diffusion import likelihood
-from sora_jax.diffusion.gaussian import Levels, corrupt, discrete_levels
-from sora_jax.diffusion.losses import hybrid_error, prediction_error
-from sora_jax.diffusion.samplers import denoiser
-from sora_jax.families.diffusion import GaussianConfig
+from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.families.recognition import count_examples
 from sora_jax.models import dit
 from sora_jax.models.attention import AttentionFn
@@ -116,6 +112,11 @@ class ClassConditionalConfig(ExperimentConfig):
         """Whether the model makes pixels, grey or RGB, rather than latents that an autoencoder decodes."""
         return self.model.in_channels in (1, 3) and not self.sample.vae
 
+    @property
+    def sampled_process(self) -> DiscreteProcess:
+        """The process, with the bounds that pixels are clipped to when they are sampled."""
+        return DiscreteProcess(self.process, (-1.0, 1.0) if self.makes_pixels else None)
+
     def _check_data(self) -> None:
         """Raises ValueError where the rows are not such that the model takes."""
         data, patch = self.data, self.model.patch_size
@@ -140,7 +141,7 @@ class ClassConditionalTask:
     def __init__(self, config: ClassConditionalConfig, attention_fn: AttentionFn | None = None) -> None:
         self.config = config
         self.model = DiT(config.model, attention_fn)
-        self._levels = discrete_levels(config.process.betas())
+        self.process = config.sampled_process
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes."""
@@ -159,7 +160,7 @@ class ClassConditionalTask:
 
         def draw(key: jax.Array) -> tuple[Array, Array, Array]:
             step_key, noise_key, drop_key = jax.random.split(key, 3)
-            steps = jax.random.randint(step_key, (num_segments,), 0, self.config.process.num_levels)
+            steps = self.process.draw(step_key, (num_segments,))
             noise = jax.random.normal(noise_key, batch.patches.shape[1:])
             return steps, noise, jax.random.uniform(drop_key, (num_segments,)) < self.config.class_dropout
 
@@ -176,35 +177,19 @@ class ClassConditionalTask:
             steps: (B, K), of each segment.
             noise: for every patch.
         """
-        process = self.config.process
         real = batch.segment_ids > 0
         batch = batch._replace(patches=without_padding(batch.patches, batch.segment_ids))
-        index = process.num_levels - 1 - steps
-        of_token = jnp.take_along_axis(index, jnp.maximum(batch.segment_ids - 1, 0), axis=1)  # (B, L)
-        now, to = (Levels(*(jnp.asarray(a)[i].reshape(-1) for a in self._levels)) for i in (of_token, of_token + 1))
+        of_token = jnp.take_along_axis(steps, jnp.maximum(batch.segment_ids - 1, 0), axis=1)  # (B, L)
         # A token is an example of its own, of the level of its image.
         shape = batch.patches.shape
         x0, noise = (a.reshape(-1, shape[-1]) for a in (batch.patches, noise))
 
-        def network(x: Array, time: Array) -> Array:
+        def of_examples(x: Array, time: Array) -> Array:
             del time  # of each token; the model takes that of each segment
-            times = steps.astype(jnp.float32)
-            patches = x.reshape(shape)
-            out = self.model.apply({"params": params}, patches, batch.positions, batch.segment_ids, times, batch.labels)
-            out = out.reshape(-1, out.shape[-1])
-            if process.variance != "learned":
-                return out
-            return jnp.concatenate(split_output(out, self.config.model), axis=-1)
+            out = network(self.model, params, batch, x.reshape(shape), steps.astype(jnp.float32))
+            return out.reshape(-1, out.shape[-1])
 
-        if process.loss == "simple":
-            output = network(corrupt(x0, noise, now.alpha, now.sigma), now.time)
-            error = prediction_error(output, x0, noise, now.alpha, now.sigma, process.prediction)
-        else:
-            denoise = denoiser(network, process.prediction, learned_range=True)
-            floor = likelihood.last_floor(self._levels)
-            share = 1 / math.log(2)
-            error = hybrid_error(denoise, x0, noise, now, to, share, process.discrete, floor, process.prediction)
-            error = error.mean(axis=-1)
+        error = self.process.error(of_examples, x0, noise, of_token.reshape(-1), 1 / math.log(2))
         error = jnp.where(real, error.reshape(real.shape), 0)
         return Loss(error.sum(), real.sum().astype(jnp.float32), count_examples(batch))
 
@@ -234,6 +219,34 @@ class ClassConditionalTask:
         return {"num_table_params": dit.num_table_params(self.config.model)} | (
             {"forward_macs": one // 2} if one else {}
         )
+
+
+def network(
+    model: DiT,
+    params: PyTree,
+    rows: PackedBatch,
+    x: Float[Array, "batch length values"],
+    levels: Float[Array, "batch segments"],
+) -> Float[Array, "batch length out"]:
+    """Returns what a model says of rows, in training and in sampling.
+
+    Args:
+        model: the network.
+        params: of the model.
+        rows: where patches are, whose they are, and the classes; their own values are not looked at.
+        x: (B, L, P), the patches at their levels.
+        levels: (B, K), the step of each image: a level table with one column a segment.
+
+    Returns:
+        (B, L, P), or (B, L, 2 P) where the variance is learned: the prediction, then the variance's place.
+
+    Raises:
+        ValueError: a level table that has not one column for each segment.
+    """
+    if levels.shape != rows.labels.shape:
+        raise ValueError(f"a DiT has one level an image, {rows.labels.shape}; got a level table of {levels.shape}.")
+    out = model.apply({"params": params}, x, rows.positions, rows.segment_ids, levels, rows.labels)
+    return jnp.concatenate(split_output(out, model.config), axis=-1) if model.config.learned_variance else out
 
 
 @functools.cache

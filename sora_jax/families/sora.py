@@ -1,14 +1,16 @@
 """Training of `SoraTransformer` on packed rows of clips, by rectified flow.
 
-For a segment with time t, noise eps and clean patches x_0 (t = 0 is data, t = 1 is noise):
+For a patch with time t, noise eps and clean values x_0 (t = 0 is data, t = 1 is noise):
 
-(1)  x_t = (1 - t) x_0 + t eps where a patch is asked for, x_0 where it is known
-(2)  loss = mean of (v_theta(x_t, t) - (eps - x_0))^2 over tokens, or over clips (`FlowConfig.loss_weighting`)
+(1)  x_t = (1 - t) x_0 + t eps,  t that of the patch's column of the level table (`draw_levels`)
+(2)  loss = mean of (v_theta(x_t, t) - (eps - x_0))^2 over tokens that are not known, or over clips
+     (`FlowConfig.loss_weighting`)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -19,10 +21,11 @@ from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
 from sora_jax.config import DataConfig, ExperimentConfig, FlowConfig, PatchConfig, check
 from sora_jax.diffusion import flow
 from sora_jax.diffusion.losses import flow_loss
-from sora_jax.diffusion.schedules import logit_normal_times
+from sora_jax.diffusion.process import FlowProcess
 from sora_jax.models import sora
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.sora import GRID_FREQUENCIES, ModelConfig, SoraTransformer
+from sora_jax.patches.levels import FREE, KNOWN
 from sora_jax.patches.segments import segment_one_hot
 from sora_jax.training import streams
 from sora_jax.training.task import Loss, Metrics, packed_batch
@@ -67,6 +70,10 @@ class SoraConfig(ExperimentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        frames = math.ceil(self.data.num_frames[1] / self.patch.size[0])
+        needed = max(2 * (self.data.known_first_share > 0), frames * (self.data.free_frames_share > 0))
+        allowed = f"at least {needed} for clips of {frames} latent frames"
+        check(self.data.num_levels >= needed, self.data, "max_levels", allowed)
         for field, patch in zip(("height", "width"), self.patch.size[1:], strict=True):
             value = getattr(self.sample, field)
             if value % patch:
@@ -105,9 +112,9 @@ class SoraTask:
         """Returns equation 2 at drawn times and noise; there is no dropout."""
         del training
         times_key, noise_key = jax.random.split(key)
-        times = draw_times(times_key, rows, self.config)
+        levels = draw_levels(times_key, rows, batch, self.config)
         noise = draw_noise(noise_key, rows, batch.patches.shape[1:])
-        total, weight = weighted_loss(params, self.model, batch, times, noise, self.config)
+        total, weight = weighted_loss(params, self.model, batch, levels, noise, self.config)
         return Loss(total, weight, count_tokens(batch, self.config.data.max_segments))
 
     def rates(self, totals: Mapping[str, float], seconds: float, num_batches: int) -> dict[str, float]:
@@ -129,11 +136,43 @@ class SoraTask:
         return {}
 
 
-def draw_times(key: jax.Array, rows: Int[Array, " rows"], config: SoraConfig) -> Array:
-    """Returns a logit-normal time for each segment of each row, (B, K) float32; `rows` are their global numbers."""
-    mean, std = config.flow.time_mean, config.flow.time_std
-    draw = jax.vmap(lambda key: logit_normal_times(key, (config.data.max_segments,), mean, std))
-    return draw(streams.row_keys(key, rows))
+def draw_levels(
+    key: jax.Array, rows: Int[Array, " rows"], batch: PackedBatch, config: SoraConfig
+) -> Float[Array, "batch levels"]:
+    """Draws the level table of each row by the roles of its columns (`sora_jax.patches.levels`), (B, J) float32.
+
+    A segment has a logit-normal time, shifted for its size by `flow.base_tokens`, and so has each of its free columns,
+    in rising order where `flow.free_times` says so. What is known has a time uniform in [0, `flow.known_noise`].
+
+    Args:
+        key: of the draw.
+        rows: their numbers among all of an update.
+        batch: rows of clips.
+        config: of the experiment.
+    """
+    process, flow = FlowProcess(config.flow), config.flow
+    num_segments, num_levels = batch.clip_ids.shape[1], batch.level_roles.shape[1]
+
+    def of_row(key: jax.Array, segments: Array, roles: Array, segment_ids: Array) -> Array:
+        own = process.draw(key, (num_segments,))
+        free_key, known_key = (jax.random.fold_in(key, number) for number in (1, 2))
+        free = process.draw(free_key, (num_levels,))
+        if flow.free_times == "rising":
+            free = sorted_within(free, jnp.where(roles == FREE, segments, 0))
+        known = flow.known_noise * jax.random.uniform(known_key, (num_levels,))
+        asked = own[jnp.maximum(segments - 1, 0)]
+        num_tokens = (segments[:, None] == segment_ids).sum(axis=1)
+        drawn = process.shift(jnp.where(roles == FREE, free, asked), num_tokens)
+        return jnp.where(roles == KNOWN, known, drawn)
+
+    keys = streams.row_keys(key, rows)
+    return jax.vmap(of_row)(keys, batch.level_segments, batch.level_roles, batch.segment_ids)
+
+
+def sorted_within(values: Float[Array, " n"], groups: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Returns the values of each group in rising order, at the places that the group has."""
+    by_value, by_place = jnp.lexsort((values, groups)), jnp.argsort(groups, stable=True)
+    return jnp.zeros_like(values).at[by_place].set(values[by_value])
 
 
 def draw_noise(key: jax.Array, rows: Int[Array, " rows"], shape: tuple[int, ...]) -> Array:
@@ -141,11 +180,39 @@ def draw_noise(key: jax.Array, rows: Int[Array, " rows"], shape: tuple[int, ...]
     return jax.vmap(lambda key: jax.random.normal(key, shape))(streams.row_keys(key, rows))
 
 
+def network(
+    model: SoraTransformer,
+    params: PyTree,
+    rows: PackedBatch,
+    x: Float[Array, "batch length values"],
+    levels: Float[Array, "batch levels"],
+) -> Float[Array, "batch length values"]:
+    """Returns what a model says of rows, in training and in sampling.
+
+    Args:
+        model: the network.
+        params: of the model.
+        rows: where patches are, whose they are, and their captions; their own values are not looked at.
+        x: (B, L, P), the patches at their levels.
+        levels: (B, J), t of each column of the level table.
+    """
+    return model.apply(
+        {"params": params},
+        x,
+        rows.positions,
+        rows.segment_ids,
+        levels,
+        rows.level_ids,
+        rows.text,
+        rows.text_segment_ids,
+    )
+
+
 def weighted_loss(
     params: PyTree,
     model: SoraTransformer,
     batch: PackedBatch,
-    times: Float[Array, "batch segments"],
+    levels: Float[Array, "batch levels"],
     noise: Float[Array, "batch length values"],
     config: SoraConfig,
 ) -> tuple[Array, Array]:
@@ -155,27 +222,17 @@ def weighted_loss(
         params: of the model.
         model: the network.
         batch: rows of clips.
-        times: t of each segment; its known patches have time 0.
+        levels: t of each column of the level table.
         noise: for every patch.
         config: of the experiment.
 
     Returns:
         (loss * weight, weight), both float32 scalars; the weight counts tokens or clips.
     """
-    num_segments = times.shape[1]
-    levels = jnp.stack([times, jnp.zeros_like(times)], axis=-1).reshape(len(times), -1)  # (B, 2K)
+    num_segments = batch.clip_ids.shape[1]
     t = jnp.take_along_axis(levels, batch.level_ids, axis=1)  # (B, L)
     xt = flow.interpolate(batch.patches, noise, t)
-    output = model.apply(
-        {"params": params},
-        xt,
-        batch.positions,
-        batch.segment_ids,
-        levels,
-        batch.level_ids,
-        batch.text,
-        batch.text_segment_ids,
-    )
+    output = network(model, params, batch, xt, levels)
     loss = flow_loss(output, xt, t, batch.patches, noise, batch.loss_mask, batch.segment_ids, num_segments, config.flow)
     if config.flow.loss_weighting == "token":
         weight = batch.loss_mask.sum()
@@ -198,6 +255,7 @@ def count_tokens(batch: PackedBatch, num_segments: int) -> Metrics:
         "real_tokens": lengths.sum(),
         "text_tokens": captions.sum(),
         "clips": (lengths > 0).sum().astype(jnp.float32),
+        "levels": (batch.level_segments > 0).sum().astype(jnp.float32),
         "self_pairs": jnp.square(lengths).sum(),
         "cross_pairs": (lengths * captions).sum(),
     }
@@ -210,7 +268,8 @@ def forward_flops(
     text_tokens: float,
     self_pairs: float,
     cross_pairs: float,
-    clips: float,
+    levels: float,
+    **rest: float,
 ) -> float:
     """Returns the useful operations of a forward pass: those that each clip would need alone, without padding.
 
@@ -222,7 +281,8 @@ def forward_flops(
         text_tokens: caption tokens that are not padding.
         self_pairs: sum over segments of their length squared.
         cross_pairs: sum over segments of their length times that of their caption.
-        clips: segments; the conditioning is computed for one noise level of each.
+        levels: noise levels, for each of which the conditioning is computed once.
+        **rest: counts that do not matter to it.
     """
     m, patch_dim = config.model, config.patch.dim
     w = m.width
@@ -230,9 +290,9 @@ def forward_flops(
     if m.grid_embedding:
         a_token += 2 * 5 * GRID_FREQUENCIES * w
     a_text_token = 2 * (m.text_dim * w + w * w) + m.depth * 2 * 2 * w * w
-    a_clip = 2 * (m.frequency_dim * w + w * w + 6 * w * w)
+    a_level = 2 * (m.frequency_dim * w + w * w + 6 * w * w)
     a_pair = m.depth * 2 * 2 * w
-    return real_tokens * a_token + text_tokens * a_text_token + clips * a_clip + (self_pairs + cross_pairs) * a_pair
+    return real_tokens * a_token + text_tokens * a_text_token + levels * a_level + (self_pairs + cross_pairs) * a_pair
 
 
 def model_flops(config: SoraConfig, **counts: float) -> float:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.array_types import TEXT_DTYPE, Bool, Float, PackedBatch
+from sora_jax.array_types import TEXT_DTYPE, Float, PackedBatch
+from sora_jax.patches.levels import KNOWN, SegmentLevels
 
 
 class Segment(NamedTuple):
@@ -17,7 +18,7 @@ class Segment(NamedTuple):
         patches: (n, P) float32.
         positions: (n, 3) float32, (t, y, x).
         text: (m, D) float16, token states of its caption.
-        known: (n,) bool, patches that are given (noise level 0) rather than asked for.
+        levels: of its patches, and the roles of their columns.
         clip_id: its index in its data set.
         label: its class, -1 where it has none.
         extent: (3,) float32, one more than the largest positions of the whole clip; None where nothing was dropped.
@@ -26,7 +27,7 @@ class Segment(NamedTuple):
     patches: Float[np.ndarray, "patches values"]
     positions: Float[np.ndarray, "patches 3"]
     text: Float[np.ndarray, "tokens text_dim"]
-    known: Bool[np.ndarray, " patches"]
+    levels: SegmentLevels
     clip_id: int
     label: int = -1
     extent: Float[np.ndarray, " 3"] | None = None
@@ -40,6 +41,7 @@ def fill_row(
     max_segments: int,
     patch_dim: int,
     text_dim: int,
+    max_levels: int | None = None,
 ) -> PackedBatch:
     """Packs segments into one row, in their order and without gaps.
 
@@ -50,17 +52,20 @@ def fill_row(
         max_segments: K.
         patch_dim: P.
         text_dim: D.
+        max_levels: J (default: K).
 
     Returns:
-        A `PackedBatch` without its batch axis; padding is zero and `loss_mask` holds for the patches asked for.
+        A `PackedBatch` without its batch axis; padding is zero and `loss_mask` holds for what is not known.
 
     Raises:
         ValueError: segments that do not fit, naming the budget.
     """
+    max_levels = max_segments if max_levels is None else max_levels
     for name, used, budget in (
         ("row_length", sum(len(s.patches) for s in segments), row_length),
         ("text_length", sum(len(s.text) for s in segments), text_length),
         ("max_segments", len(segments), max_segments),
+        ("max_levels", sum(len(s.levels.roles) for s in segments), max_levels),
     ):
         if used > budget:
             raise ValueError(f"{name} {budget} is too small for these segments, which need {used}.")
@@ -69,6 +74,8 @@ def fill_row(
         positions=np.zeros((row_length, 3), np.float32),
         segment_ids=np.zeros(row_length, np.int32),
         level_ids=np.zeros(row_length, np.int32),
+        level_segments=np.zeros(max_levels, np.int32),
+        level_roles=np.zeros(max_levels, np.int32),
         loss_mask=np.zeros(row_length, bool),
         text=np.zeros((text_length, text_dim), TEXT_DTYPE),
         text_segment_ids=np.zeros(text_length, np.int32),
@@ -76,15 +83,20 @@ def fill_row(
         labels=np.full(max_segments, -1, np.int32),
         extents=np.zeros((max_segments, 3), np.float32),
     )
-    start = text_start = 0
+    start = text_start = level_start = 0
     for index, segment in enumerate(segments):
         tokens = slice(start, start := start + len(segment.patches))
         text = slice(text_start, text_start := text_start + len(segment.text))
         row.patches[tokens] = segment.patches
         row.positions[tokens] = segment.positions
         row.segment_ids[tokens] = index + 1
-        row.level_ids[tokens] = 2 * index + segment.known
-        row.loss_mask[tokens] = ~segment.known
+        ids, roles = segment.levels
+        columns = slice(level_start, level_start + len(roles))
+        row.level_ids[tokens] = level_start + ids
+        row.level_segments[columns] = index + 1
+        row.level_roles[columns] = roles
+        row.loss_mask[tokens] = roles[ids] != KNOWN
+        level_start = columns.stop
         row.text[text] = segment.text
         row.text_segment_ids[text] = index + 1
         row.clip_ids[index] = segment.clip_id

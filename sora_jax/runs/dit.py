@@ -16,7 +16,7 @@ from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import load_model
-from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.runs import packed
 
@@ -39,7 +39,7 @@ class DiTRun:
 
     def __init__(self, config: ClassConditionalConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         del workdir
-        self._sampler: ClassConditionalSampler | None = None
+        self._pipeline: DiTPipeline | None = None
         self.config = packed.without_missing_splits(config, console)
         data = self.config.data
         splits = (data.split, *(data.eval_splits if config.eval_every else ()))
@@ -63,14 +63,14 @@ class DiTRun:
     def sample_sheet(self, params: PyTree) -> np.ndarray:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
         c = self.config.sample
-        if self._sampler is None:  # compiles once, and reads the autoencoder
+        if self._pipeline is None:  # compiles once, and reads the autoencoder
             codec = ImageCodec.from_pretrained(c.vae) if c.vae else None
-            self._sampler = ClassConditionalSampler.of_experiment(self.config, params, codec)
-        self._sampler.params = params
-        samples = self._sampler(
+            self._pipeline = DiTPipeline.of_experiment(self.config, params, codec)
+        self._pipeline.params = params
+        samples = self._pipeline(
             np.repeat(c.labels, c.columns),
             self.config.seed,
-            image_size=c.size,
+            image_size=tuple(n * stride for n, stride in zip(c.size, self._pipeline.codec.strides[1:], strict=True)),
             num_steps=c.num_steps,
             guidance_scale=c.guidance_scale,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,15 @@ from sora_jax.array_types import Array, PyTree
 from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.images import StillsConfig
 from sora_jax.data.toy import SwissRollConfig
-from sora_jax.diffusion import binomial, likelihood, samplers
+from sora_jax.diffusion import binomial, likelihood
 from sora_jax.diffusion.gaussian import Levels, corrupt, posterior
 from sora_jax.diffusion.guidance import Multiplied, inpainting
 from sora_jax.diffusion.samplers import DDIM, Ancestral, Denoise, Sampler
-from sora_jax.diffusion.schedules import respaced_steps
 from sora_jax.evaluation import plots
 from sora_jax.evaluation.bound import BoundEstimate
 from sora_jax.families.diffusion import BinomialTask, DiffusionTask, GaussianTask
+from sora_jax.generation.generator import Generator, plain_draw, sample_seeds
 from sora_jax.generation.progress import ProgressBar
-from sora_jax.pixels import check_steps
 
 Pictures = dict[str, bytes]  # PNGs by the names of their files
 SEED = 0
@@ -67,11 +67,8 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
 
 def sample_sheet(task: GaussianTask, params: PyTree) -> np.ndarray:
     """Returns a picture of images sampled by few steps of DDIM, (H, W, 3) uint8."""
-    num_levels = task.config.process.num_levels
-    steps = respaced_steps(num_levels, min(SHEET_STEPS, num_levels), "linspace")
-    places = [*(num_levels - 1 - steps[::-1]), num_levels]
-    levels = Levels(*(np.asarray(a)[places] for a in task.levels(params)))
-    samples = run_chain(task, task.denoise(params), levels, DDIM(), task.config.num_samples, 1, "samples")[-1]
+    levels = task.process(params).ladder(min(SHEET_STEPS, task.config.process.num_levels))
+    samples = run_chain(task, params, levels, DDIM(), task.config.num_samples, 1, "samples")[-1]
     columns = min(len(samples), 8)
     kept = scaled(task, samples[: len(samples) // columns * columns])
     return plots.image_grid(list(kept.reshape(-1, columns, *kept.shape[1:])))
@@ -83,34 +80,37 @@ def scaled(task: DiffusionTask, x: np.ndarray) -> np.ndarray:
 
 
 def run_chain(
-    task: GaussianTask, denoise: Denoise, levels: Levels, sampler: Sampler, count: int, num_parts: int, title: str
+    task: GaussianTask,
+    params: PyTree,
+    levels: Levels,
+    sampler: Sampler,
+    count: int,
+    num_parts: int,
+    title: str,
+    wrap: Callable[[Denoise], Denoise] | None = None,
 ) -> list[np.ndarray]:
-    """Samples from noise and returns the states after each of equal parts of the way, the noise first."""
-    levels = Levels(*(np.asarray(a) for a in levels))
-    key = jax.random.key(SEED)
-    shape = (count, *task.config.data.shape)
-    noise = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape)  # noqa: E731
-    chunk = jax.jit(lambda state, levels: samplers.sample_chunk(denoise, state, levels, sampler, noise))
+    """Samples from noise and returns the states after each of equal parts of the way, the noise first.
+
+    The samplers here remember nothing, so that a way may be cut into parts.
+    """
+    generator = Generator(task.network, task.process(params), params, jax.local_devices()[:1])
+    draw = plain_draw(task.config.data.shape, levels, sample_seeds(SEED, np.arange(count)))
+    names, bar = [f"sample {i} ({title})" for i in range(count)], ProgressBar(title)
     num_steps = len(levels.sigma) - 1
     ends = [round(num_steps * part / num_parts) for part in range(num_parts + 1)]
-    x = jax.random.normal(jax.random.fold_in(key, num_steps), shape)
-    state, path, bar = samplers.start(sampler, x, levels), [np.asarray(x)], ProgressBar(title)
+    path = [draw.x]
     for first, last in itertools.pairwise(ends):
         bar(first, num_steps)
-        state = chunk(state, Levels(*(a[first : last + 1] for a in levels)))
-        path.append(np.asarray(state.x))
+        part = draw._replace(x=path[-1], levels=Levels(*(a[first : last + 1] for a in draw.levels)))
+        path.append(generator(part, sampler, names, wrap=wrap, first_step=first, longest_chunk=last - first))
     bar(num_steps, num_steps)
-    steps = np.asarray(state.first_bad).reshape(count, -1)
-    steps = np.where(steps < 0, num_steps, steps).min(axis=1)
-    names = [f"sample {i} ({title})" for i in range(count)]
-    check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, "the model itself makes them so")
     return path
 
 
 def reverse_path(task: GaussianTask, params: PyTree, count: int, title: str) -> list[np.ndarray]:
     """Returns samples of the reverse chain along the way."""
     sampler = Ancestral(task.config.process.variance)
-    return run_chain(task, task.denoise(params), task.levels(params), sampler, count, PARTS, title)
+    return run_chain(task, params, task.levels(params), sampler, count, PARTS, title)
 
 
 def forward_path(task: GaussianTask, params: PyTree, x0: np.ndarray) -> list[np.ndarray]:
@@ -169,12 +169,15 @@ def inpainted(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
     known = np.ones((1, size, size, 1), bool)
     known[:, size // 4 : size - size // 4, size // 4 : size - size // 4] = False
     key = jax.random.key(SEED + 1)
-    index_noise = lambda level: jax.random.normal(  # noqa: E731
-        jax.random.fold_in(key, jnp.int32(level.time)), images.shape
-    )
-    denoise = inpainting(task.denoise(params), jnp.asarray(images), jnp.asarray(known), index_noise)
+
+    def noise(level: Levels) -> Array:  # all examples are at one level
+        return jax.random.normal(jax.random.fold_in(key, jnp.int32(level.time[0])), images.shape)
+
+    def around(denoise: Denoise) -> Denoise:
+        return inpainting(denoise, jnp.asarray(images), jnp.asarray(known), noise)
+
     sampler = Ancestral(task.config.process.variance)
-    filled = run_chain(task, denoise, task.levels(params), sampler, len(images), 1, "inpainting")[-1]
+    filled = run_chain(task, params, task.levels(params), sampler, len(images), 1, "inpainting", around)[-1]
     rows = [scaled(task, x) for x in (images, np.where(known, images, 2.0), filled)]
     return plots.png_bytes(plots.image_grid(rows))
 
@@ -184,6 +187,6 @@ def denoised(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
     noise = np.random.default_rng(SEED).standard_normal(images.shape).astype(np.float32)
     noisy = images + NOISE * noise
     sampler = Multiplied(lambda x: (noisy - x) / NOISE**2)
-    path = run_chain(task, task.denoise(params), task.levels(params), sampler, len(images), 1, "denoising")
+    path = run_chain(task, params, task.levels(params), sampler, len(images), 1, "denoising")
     rows = [scaled(task, x) for x in (images, noisy, path[-1])]
     return plots.png_bytes(plots.image_grid(rows))

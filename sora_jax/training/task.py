@@ -82,12 +82,14 @@ def packed_batch(data: PackedDataConfig, patch_dim: int, text_dim: int, num_rows
     """
     shape = jax.ShapeDtypeStruct
     rows = data.batch_size if num_rows is None else num_rows
-    length, text, segments = data.row_length, data.text_length, data.max_segments
+    length, text, segments, levels = data.row_length, data.text_length, data.max_segments, data.num_levels
     return PackedBatch(
         patches=shape((rows, length, patch_dim), jnp.float32),
         positions=shape((rows, length, 3), jnp.float32),
         segment_ids=shape((rows, length), jnp.int32),
         level_ids=shape((rows, length), jnp.int32),
+        level_segments=shape((rows, levels), jnp.int32),
+        level_roles=shape((rows, levels), jnp.int32),
         loss_mask=shape((rows, length), jnp.bool_),
         text=shape((rows, text, text_dim), TEXT_DTYPE),
         text_segment_ids=shape((rows, text), jnp.int32),

@@ -18,7 +18,7 @@ from sora_jax.families.load import config_class, export_model, load_model
 from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
 from sora_jax.families.registry import make_task
 from sora_jax.families.sora import SoraConfig, SoraTask
-from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.pipeline import SoraPipeline
 from sora_jax.models.autoencoder.image_vae import load_image_vae
 from sora_jax.models.dit import DiTConfig, load_dit
@@ -119,8 +119,8 @@ def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
         (SoraPipeline.from_pretrained, "dit", "is a DiT that was trained here, not a Sora: generate.py --class-labels"),
         (SoraPipeline.from_pretrained, "vit", r"is a classifier .*, not a Sora: evaluate.py classify"),
         (SoraPipeline.from_pretrained, "study", "is a study of discrete diffusion, not a Sora: train.py reports"),
-        (ClassConditionalSampler.from_pretrained, "sora", "is a Sora, not a DiT .*: generate.py --prompt"),
-        (ClassConditionalSampler.from_pretrained, "vivit", r"is a classifier .*, not a DiT"),
+        (DiTPipeline.from_pretrained, "sora", "is a Sora, not a DiT .*: generate.py --prompt"),
+        (DiTPipeline.from_pretrained, "vivit", r"is a classifier .*, not a DiT"),
         (
             load_image_vae,
             "weights",

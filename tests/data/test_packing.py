@@ -9,6 +9,7 @@ from fake_source import FakeSource, caption_table
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import TOO_LONG_CAPTION, Shard
+from sora_jax.patches.levels import KNOWN
 from sora_jax.patches.patchify import num_tokens
 
 SOURCE = FakeSource()
@@ -43,6 +44,36 @@ def test_no_budget_is_exceeded_and_each_one_binds():
     short = [sum(map(text_tokens, row)) for row in plans(shard(text_length=8), 100)]
     assert max(short) == 8
     assert any(len(row) == 1 for row in plans(shard(max_segments=1), 20))
+
+
+def test_tables_are_drawn_by_their_shares_and_a_row_has_room_for_their_levels():
+    shares = dict(known_first_share=0.3, free_frames_share=0.5, max_levels=20, still_share=0.0)
+    of = shard(**shares)
+    rows = plans(of, 300)
+
+    def columns(sample):
+        frames = -(-sample.num_frames // PATCH.size[0])
+        return (1, min(frames, 2), frames)[sample.table]
+
+    used = [sum(map(columns, row)) for row in rows]
+    assert max(used) == 20
+    tables = np.bincount([sample.table for row in rows for sample in row], minlength=3)
+    np.testing.assert_allclose(tables / tables.sum(), [0.2, 0.3, 0.5], atol=0.05)
+    for samples in rows[:3]:
+        row = of.fill(samples)
+        assert row.level_segments.shape == (20,) and (row.level_segments > 0).sum() == sum(map(columns, samples))
+        for number, sample in enumerate(samples, 1):
+            ids, tokens = row.level_ids[row.segment_ids == number], row.positions[row.segment_ids == number]
+            assert len(set(ids.tolist())) == columns(sample)
+            assert (row.level_segments[ids] == number).all()
+            known = row.level_roles[ids] == KNOWN
+            first = (tokens[:, 0] == 0) & (sample.table == 1) & (columns(sample) == 2)
+            np.testing.assert_array_equal(known, first)
+            np.testing.assert_array_equal(row.loss_mask[row.segment_ids == number], ~known)
+    # Without the shares all else is drawn as it was.
+    assert [s.clip for r in plans(shard(still_share=0.0), 3) for s in r] == [
+        s.clip for r in plans(shard(still_share=0.0, max_levels=6), 3) for s in r
+    ]
 
 
 def test_shards_share_the_clips_out_and_each_epoch_has_each_clip_once():

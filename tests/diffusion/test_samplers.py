@@ -131,6 +131,28 @@ def test_levels_of_tokens(name):
     assert (np.asarray(mixed)[asked == 0] == np.asarray(x)[asked == 0]).all()
 
 
+@pytest.mark.parametrize("path", ["discrete", "flow"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_token_that_begins_late_rests_or_stops_early_goes_where_it_goes_on_its_own_ladder(name, path):
+    """Three tokens of one state: each on a ladder of four steps, of which it makes one only where its level changes."""
+    ladder, x = paths(4)[path], jax.random.normal(jax.random.key(0), (3, 2))
+    places = np.array([[0, 1, 2, 3, 4, 4, 4, 4], [0, 0, 0, 1, 2, 3, 4, 4], [0, 1, 2, 2, 2, 3, 3, 4]])
+    levels = Levels(*(np.broadcast_to(a, 5)[places.T] for a in ladder))
+    fresh = jax.random.normal(jax.random.key(1), (4, 3, 2))
+
+    def noise(index):  # that of a token's own step
+        return jnp.take_along_axis(fresh, jnp.asarray(places.T)[index, None, :, None], axis=0, mode="clip")[0]
+
+    mixed = jax.jit(lambda s: sample_chunk(gaussian_denoiser, s, levels, EVERY[name], noise))(
+        start(EVERY[name], x, levels)
+    )
+    alone = jax.jit(lambda s: sample_chunk(gaussian_denoiser, s, ladder, EVERY[name], lambda index: fresh[index]))(
+        start(EVERY[name], x, ladder)
+    )
+    np.testing.assert_allclose(mixed.x, alone.x, atol=1e-5)
+    assert (mixed.first_bad == -1).all()
+
+
 @pytest.mark.parametrize("prediction", ["x0", "velocity"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_network_always_sees_what_does_not_move_as_it_is(name, prediction):

@@ -81,6 +81,15 @@ def test_learned_betas_keep_the_first():
     assert jax.grad(lambda x: schedules.learned_betas(x)[1])(jnp.zeros(2))[0] == 0.25
 
 
+def test_a_late_start_keeps_the_times_below_its_strength():
+    times = schedules.flow_times(4)
+    np.testing.assert_array_equal(schedules.start_at(times, 1.0), times)
+    np.testing.assert_array_equal(schedules.start_at(times, 0.5), [0.5, 0.25, 0])
+    np.testing.assert_allclose(schedules.start_at(times, 0.6), [0.6, 0.5, 0.25, 0])
+    with pytest.raises(ValueError, match="strength must be above 0 and at most 1, got 0"):
+        schedules.start_at(times, 0.0)
+
+
 def test_zero_terminal_snr_keeps_the_first_step_and_nothing_of_the_data():
     betas = schedules.linear_betas(50, 0.001, 0.2)
     bar, new = schedules.alpha_bar(betas), schedules.alpha_bar(schedules.zero_terminal_snr(betas))

@@ -12,7 +12,7 @@ from PIL import Image
 from sora_jax.commands.evaluations import fid, sampling
 from sora_jax.evaluation.features import Features
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
-from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.pixels import to_pixels
 
 
@@ -36,7 +36,7 @@ def test_a_set_that_was_stopped_is_that_of_one_that_was_not(pixels, tmp_path, mo
     whole = read_samples(tmp_path / "whole")
     assert whole.shape == (11, 4, 4, 3) and whole.dtype == np.uint8 and whole.std() > 10
     assert str(tmp_path / "whole" / "samples.npz") in capsys.readouterr().out
-    draw, calls = ClassConditionalSampler.__call__, []
+    draw, calls = DiTPipeline.__call__, []
 
     def stopping(self, *args, **kwargs):
         calls.append(kwargs["indices"].tolist())
@@ -44,7 +44,7 @@ def test_a_set_that_was_stopped_is_that_of_one_that_was_not(pixels, tmp_path, mo
             raise KeyboardInterrupt
         return draw(self, *args, **kwargs)
 
-    monkeypatch.setattr(ClassConditionalSampler, "__call__", stopping)
+    monkeypatch.setattr(DiTPipeline, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
         sampling.sample(options(pixels, tmp_path / "parts"))
     assert not (tmp_path / "parts" / "samples.npz").exists()
@@ -60,20 +60,20 @@ def test_a_set_that_was_stopped_is_that_of_one_that_was_not(pixels, tmp_path, mo
 
 
 def test_a_set_with_a_sample_that_is_not_finite_keeps_the_good_shards_alone(pixels, tmp_path, monkeypatch):
-    draw = ClassConditionalSampler.__call__
+    draw = DiTPipeline.__call__
 
     def breaking(self, *args, **kwargs):
         images = draw(self, *args, **kwargs)
         return np.where((kwargs["indices"] == bad)[:, None, None, None], np.nan, images)
 
-    monkeypatch.setattr(ClassConditionalSampler, "__call__", breaking)
+    monkeypatch.setattr(DiTPipeline, "__call__", breaking)
     for bad, kept in ((5, ["manifest.json", "shard_00000000_00000004.npy"]), (2, None)):
         with pytest.raises(FloatingPointError, match="not finite"):
             sampling.sample(options(pixels, tmp_path / str(bad), json=tmp_path / "manifest.json"))
         left = tmp_path / str(bad)
         assert (sorted(path.name for path in left.iterdir()) if left.exists() else None) == kept
         assert not (tmp_path / "manifest.json").exists()
-    monkeypatch.setattr(ClassConditionalSampler, "__call__", draw)
+    monkeypatch.setattr(DiTPipeline, "__call__", draw)
     sampling.sample(options(pixels, tmp_path / "5", batch_size=3))
     assert read_samples(tmp_path / "5").shape == (11, 4, 4, 3)
 
@@ -99,7 +99,7 @@ def test_samples_are_those_of_the_sampler_and_the_sheet_shows_them(pixels, tmp_p
     chosen = options(pixels, tmp_path / "set", seed=3, num_samples=6)
     sampling.sample(chosen)
     labels = sampling.draw_labels(chosen, 3, None)
-    images = ClassConditionalSampler.from_pretrained(pixels)(labels, 3, num_steps=4, guidance_scale=2.0)
+    images = DiTPipeline.from_pretrained(pixels)(labels, 3, num_steps=4, guidance_scale=2.0)
     found = read_samples(tmp_path / "set")
     np.testing.assert_allclose(found.astype(int), to_pixels(images), atol=1)
     # Each class a row; the first sample of the first class is in its corner, 64 pixels wide behind a gap of 2.

@@ -22,6 +22,7 @@ from sora_jax.models.navit import (
     param_count,
 )
 from sora_jax.parallel.rules import partition_spec
+from sora_jax.patches.levels import one_level
 from sora_jax.patches.positions import grid_positions
 from sora_jax.patches.rows import Segment, fill_row
 from sora_jax.patches.token_drop import kept_tokens
@@ -58,7 +59,7 @@ def image(seed, grid, kept=None):
     patches = np.random.default_rng(seed).normal(size=(len(positions), PATCH_DIM)).astype(np.float32)
     kept = np.arange(len(positions)) if kept is None else kept
     text = np.zeros((1, 1), np.float32)
-    return Segment(patches[kept], positions[kept], text, np.zeros(len(kept), bool), seed)
+    return Segment(patches[kept], positions[kept], text, one_level(len(kept)), seed)
 
 
 IMAGES = [image(seed, grid) for seed, grid in enumerate(GRIDS)]

@@ -10,6 +10,7 @@ import pytest
 from flax.core import meta
 
 from sora_jax.models.sora import SORA_SIZES, ModelConfig, SoraTransformer, abstract_params, init_params, param_count
+from sora_jax.patches.levels import ASKED, KNOWN, SegmentLevels, one_level
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 
 PATCH_DIM, TEXT_DIM, MAX_SEGMENTS = 6, 5, 4
@@ -35,7 +36,8 @@ def clip(seed, n, m, known=0):
     rng = np.random.default_rng(seed)
     patches, text = rng.normal(size=(n, PATCH_DIM)), rng.normal(size=(m, TEXT_DIM))
     positions = rng.integers(0, 5, size=(n, 3))
-    return Segment(*(x.astype(np.float32) for x in (patches, positions, text)), np.arange(n) < known, seed)
+    levels = SegmentLevels((np.arange(n) < known).astype(np.int32), np.array([ASKED, KNOWN], np.int32))
+    return Segment(*(x.astype(np.float32) for x in (patches, positions, text)), levels, seed)
 
 
 CLIPS = [clip(0, 9, 3), clip(1, 1, 2), clip(2, 14, 4, known=5), clip(3, 4, 1)]
@@ -45,7 +47,7 @@ TIMES = [0.9, 0.35, 0.6, 0.05]
 def packed(clips, times, row_length, text_length=16, poison=0.0):
     row = fill_row(
         clips, row_length=row_length, text_length=text_length, max_segments=MAX_SEGMENTS,
-        patch_dim=PATCH_DIM, text_dim=TEXT_DIM,
+        patch_dim=PATCH_DIM, text_dim=TEXT_DIM, max_levels=2 * MAX_SEGMENTS,
     )  # fmt: skip
     batch = stack_rows([row])
     rng = np.random.default_rng(7)
@@ -181,7 +183,7 @@ def test_a_fully_padded_row_gives_zeros(name):
 
 def test_known_patches_have_their_own_level():
     """Marking patches as known changes the output although patches, text and time stay as they are."""
-    asked = [CLIPS[2]._replace(known=np.zeros(14, bool))]
+    asked = [CLIPS[2]._replace(levels=one_level(14))]
     known = np.asarray(forward("xla", PARAMS, *packed([CLIPS[2]], [0.6], row_length=40)))
     unknown = np.asarray(forward("xla", PARAMS, *packed(asked, [0.6], row_length=40)))
     assert np.abs(known - unknown)[0, :14].max() > 1e-3

@@ -74,7 +74,7 @@ def test_useful_flops_equal_the_jaxpr_of_one_clip_alone():
         batch.text,
         batch.text_segment_ids,
     )
-    useful = forward_flops(config, real_tokens=12, text_tokens=5, self_pairs=144, cross_pairs=60, clips=1)
+    useful = forward_flops(config, real_tokens=12, text_tokens=5, self_pairs=144, cross_pairs=60, levels=1)
     assert counted == useful  # one level needs no one-hot product
 
 
@@ -89,7 +89,7 @@ def test_step_counts_backward_and_accumulation():
         text_tokens=rows * text,
         self_pairs=rows * length**2,
         cross_pairs=rows * length * text,
-        clips=rows * 6,  # the conditioning of every column of the table of levels
+        levels=rows * 3,  # the conditioning of every column of the table of levels
     )
     assert 2.5 * dense < one < 3.5 * dense
 

@@ -12,7 +12,14 @@ from tensorboardX.proto import event_pb2
 from sora_jax.families.sora import SoraTask, model_flops
 from sora_jax.training.telemetry import Telemetry, interval_figures
 
-COUNTS = {"real_tokens": 48.0, "text_tokens": 10.0, "clips": 4.0, "self_pairs": 600.0, "cross_pairs": 120.0}
+COUNTS = {
+    "real_tokens": 48.0,
+    "text_tokens": 10.0,
+    "clips": 4.0,
+    "levels": 4.0,
+    "self_pairs": 600.0,
+    "cross_pairs": 120.0,
+}
 STEPS = [
     {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.1, **COUNTS},
     {"loss": 3.0, "grad_norm": 4.0, "learning_rate": 0.2, **COUNTS},
@@ -47,7 +54,7 @@ def test_mfu_is_the_share_of_all_chips_peak():
 def test_packing_does_not_flatter_itself():
     """Two clips of half the length need half the attention, whatever the row."""
     config = tiny_run.CONFIG
-    rest = {"real_tokens": 8, "text_tokens": 4, "clips": 2, "cross_pairs": 0}
+    rest = {"real_tokens": 8, "text_tokens": 4, "levels": 2, "cross_pairs": 0}
     zero, one, two = (model_flops(config, self_pairs=pairs, **rest) for pairs in (0, 8**2, 2 * 4**2))
     assert one - zero == 2 * (two - zero)
     assert one - zero == 3 * config.model.depth * 4 * config.model.width * 64

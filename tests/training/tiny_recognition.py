@@ -10,6 +10,7 @@ from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfi
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.vit import ViTConfig
 from sora_jax.models.vivit import ViViTConfig
+from sora_jax.patches.levels import one_level
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.patches.token_drop import ConstantDrop
 
@@ -61,7 +62,7 @@ def random_segment(rng, config, number):
         positions = positions[np.sort(rng.permutation(len(positions))[: max(len(positions) * 2 // 3, 1)])]
     text = rng.standard_normal((2 if data.text_length else 0, text_dim)).astype(np.float32)
     patches = rng.standard_normal((len(positions), config.patch.dim)).astype(np.float32)
-    return Segment(patches, positions, text, np.zeros(len(patches), bool), number, number % 3, extent)
+    return Segment(patches, positions, text, one_level(len(patches)), number, number % 3, extent)
 
 
 def random_rows(seed, config):

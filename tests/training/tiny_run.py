@@ -9,6 +9,7 @@ from sora_jax.config import DataConfig, OptimizerConfig, PatchConfig
 from sora_jax.families.registry import make_task
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import ModelConfig
+from sora_jax.patches.levels import one_level
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.training import state as states
 from sora_jax.training.checkpoint import Checkpointer
@@ -44,7 +45,7 @@ def random_batch(seed, experiment=CONFIG):
                 patches=rng.standard_normal((n, experiment.patch.dim)).astype(np.float32),
                 positions=rng.integers(0, 4, (n, 3)).astype(np.float32),
                 text=rng.standard_normal((2, experiment.model.text_dim)).astype(np.float32),
-                known=np.zeros(n, bool),
+                levels=one_level(int(n)),
                 clip_id=int(rng.integers(100)),
             )
             for n in rng.integers(1, 5, rng.integers(1, 4))

@@ -26,7 +26,7 @@ from sora_jax.evaluation.image_files import ImageFiles
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.evaluation.sample_store import SampleStore
 from sora_jax.files import check_writable, write_whole
-from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.video_io import write_image
 from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.pixels import to_pixels
@@ -129,12 +129,12 @@ class Drawing:
 
     Raises:
         FileNotFoundError: no model, autoencoder or data set.
-        ValueError: one that does not fit; see `ClassConditionalSampler.from_pretrained`.
+        ValueError: one that does not fit; see `DiTPipeline.from_pretrained`.
     """
 
     def __init__(self, options: DrawOptions) -> None:
         self._options = options
-        self.sampler = ClassConditionalSampler.from_pretrained(
+        self.sampler = DiTPipeline.from_pretrained(
             options.checkpoint, options.vae, averaged=options.weights_of_run == "ema"
         )
         self._size = self.sampler.image_size if options.size is None else options.size

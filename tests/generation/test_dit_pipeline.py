@@ -13,11 +13,13 @@ from flax import linen as nn
 
 from sora_jax.convert.dit import convert_dit
 from sora_jax.diffusion.schedules import alpha_bar, linear_betas
-from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
+from sora_jax.generation.dit_pipeline import DiTPipeline
+from sora_jax.generation.generator import sample_seeds, token_noise
 from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.autoencoder.codec import IdentityCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE
 from sora_jax.models.dit import DiT, abstract_params, init_params, load_dit
+from sora_jax.patches.patchify import unpatchify
 
 
 def random_params(config=CONFIG):
@@ -57,10 +59,18 @@ def official_chain(network, noises, labels, null, scale, channels, num_steps):
 
 
 def noises(seed, indices, num_steps, shape):
-    draw = jax.jit(sample_noise, static_argnums=3)
-    return np.stack(
-        [draw(jax.random.key(seed), jnp.asarray(indices), jnp.int32(n), shape) for n in range(num_steps + 1)]
+    """What a chain starts from, and the noise of each step: drawn in patches of 2 x 2 cells."""
+    height, width, channels = shape
+    num_patches = height * width // 4
+    seeds = sample_seeds(seed, np.array(indices))
+    whole = functools.partial(
+        unpatchify, num_frames=1, height=height, width=width, patch_size=(1, 2, 2), channels=channels
     )
+    drawn = [[np.random.default_rng(s).standard_normal((num_patches, 4 * channels), np.float32) for s in seeds]]
+    draw = jax.jit(token_noise, static_argnums=3)
+    ids = jnp.ones((len(seeds), num_patches), jnp.int32)
+    drawn += [draw(jnp.asarray(seeds)[:, None], jnp.int32(n), ids, 4 * channels) for n in range(num_steps)]
+    return np.stack([np.stack([whole(np.asarray(patches))[0] for patches in step]) for step in drawn])
 
 
 def relative_error(found, expected):
@@ -69,7 +79,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(scope="module")
 def sampler():
-    return ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])
+    return DiTPipeline(CONFIG, random_params(), devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("channels", [3, None])
@@ -103,10 +113,11 @@ def test_a_sample_depends_on_its_index_and_not_on_its_batch(sampler):
 def test_samples_that_are_not_finite_are_refused_by_class_and_step(sampler):
     params = random_params()
     params["label_embedding"][3] = np.nan
-    broken = ClassConditionalSampler(CONFIG, params, devices=jax.devices()[:1])
+    broken = DiTPipeline(CONFIG, params, devices=jax.devices()[:1])
     words = r"finite: sample 8 \(class 3\) is NaN or beyond 1e19 from step 1 of 6 on \(1 of 3 samples are\); the model"
     with pytest.raises(FloatingPointError, match=words):
-        broken([1, 3, 4], indices=[7, 8, 9], num_steps=6, guidance_scale=1.0)
+        # A row each: NaN reaches neighbours.
+        broken([1, 3, 4], indices=[7, 8, 9], num_steps=6, guidance_scale=1.0, image_size=(16, 32))
     words = r"sample 0 \(class 1\) is NaN or beyond 1e19 from step 1 of 6 on \(2 of 2 samples are\); a smaller"
     with pytest.raises(FloatingPointError, match=words):
         sampler([1, 3], num_steps=6, guidance_scale=1e30)
@@ -119,7 +130,7 @@ def test_what_the_autoencoder_breaks_is_refused():
             images[1] = np.inf
             return images
 
-    sampler = ClassConditionalSampler(CONFIG, random_params(), Breaking(4), devices=jax.devices()[:1])
+    sampler = DiTPipeline(CONFIG, random_params(), Breaking(4), devices=jax.devices()[:1])
     with pytest.raises(FloatingPointError, match=r"sample 1 \(class 3\) is finite until it is decoded \(1 of 2\)"):
         sampler([1, 3], num_steps=6, guidance_scale=1.0)
 
@@ -130,7 +141,7 @@ def test_a_model_without_a_null_class_samples_and_refuses_guidance(sampler):
     params = random_params(config)
     assert params["label_embedding"].shape[0] == 5 and not config.has_null_class
     params |= {**with_null.params, "label_embedding": with_null.params["label_embedding"][:5]}
-    sampler = ClassConditionalSampler(config, params, devices=jax.devices()[:1])
+    sampler = DiTPipeline(config, params, devices=jax.devices()[:1])
     options = dict(num_steps=6, guidance_scale=1.0)
     np.testing.assert_array_equal(sampler([4, 0], **options), with_null([4, 0], **options))
     with pytest.raises(ValueError, match=r"guidance_scale must be 1, got 1\.5: the model has no null class"):
@@ -142,14 +153,14 @@ def test_a_model_without_a_null_class_samples_and_refuses_guidance(sampler):
 
 
 def test_devices_change_nothing_and_each_shape_is_compiled_once():
-    split = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:2])
-    single = ClassConditionalSampler(CONFIG, random_params(), devices=jax.devices()[:1])
+    split = DiTPipeline(CONFIG, random_params(), devices=jax.devices()[:2])
+    single = DiTPipeline(CONFIG, random_params(), devices=jax.devices()[:1])
     options = dict(num_steps=20, guidance_scale=1.5)  # two chunks
     found = [one([3, 1, 4], **options) for one in (split, single)]
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-4 * np.abs(found[0]).max())
     for one in (split, single):
         one([0, 0, 5], seed=3, num_steps=10, guidance_scale=4.0)
-        assert one._chunk._cache_size() == 1
+        assert one.clips.generator.num_compiled == 1
 
 
 def test_the_null_class_without_guidance_is_a_scale_of_zero(sampler):
@@ -164,8 +175,8 @@ def test_deterministic_samplers_without_predicted_noise(name):
     """A fresh model predicts no noise: the data is the start over its alpha, whatever the sampler and its steps."""
     config = dataclasses.replace(CONFIG, learned_variance=False, in_channels=1)
     params = nn.meta.unbox(jax.jit(functools.partial(init_params, DiT(config)))(jax.random.key(0)))
-    fresh = ClassConditionalSampler(config, params, devices=jax.devices()[:1])
-    found = fresh([2], seed=5, sampler=name, num_steps=5, image_size=(2, 8))
+    fresh = DiTPipeline(config, params, devices=jax.devices()[:1])
+    found = fresh([2], seed=5, sampler=name, num_steps=5, image_size=(2, 8), guided_channels=None)
     start = noises(5, [0], 0, (2, 8, 1))[0]
     np.testing.assert_allclose(found, start / np.sqrt(alpha_bar(linear_betas())[-1]), rtol=1e-4)
 
@@ -177,7 +188,7 @@ def test_bad_arguments_are_named(sampler):
         (dict(labels=[0.5]), r"labels must be .*, got \[0\.5\]"),
         (dict(indices=[-1]), r"indices must be .*, got \[-1\]"),
         (dict(indices=[0, 1]), "indices must be one for each of 1 labels, got 2"),
-        (dict(image_size=(4, 5)), r"positive multiples of the model's patch_size 2, got \(4, 5\)"),
+        (dict(image_size=(4, 5)), r"image_size must be .* positive multiples of 2 pixels, got \(4, 5\)"),
         (dict(sampler="magic"), "sampler must be one of euler, .*, got 'magic'"),
         (dict(num_steps=1001), "count must be between 1 and the process's 1000 steps, got 1001"),
         (dict(guidance_scale=np.inf), "guidance_scale must be finite, got inf"),
@@ -192,41 +203,43 @@ def test_latents_of_converted_weights_are_decoded(tmp_path):
     """The samples are the autoencoder's images of the latents over their scaling factor."""
     model, vae = write_latent_model(tmp_path / "dit"), write_autoencoder(tmp_path / "vae")
     options = dict(seed=2, num_steps=3)
-    bare = ClassConditionalSampler.from_pretrained(model)
+    bare = DiTPipeline.from_pretrained(model)
     latents = bare([1, 5], **options)
     assert latents.shape == (2, 4, 6, 4)
-    np.testing.assert_array_equal(latents, ClassConditionalSampler(CONFIG, random_params())([1, 5], **options))
-    both = ClassConditionalSampler.from_pretrained(model, vae)
+    np.testing.assert_array_equal(latents, DiTPipeline(CONFIG, random_params())([1, 5], **options))
+    both = DiTPipeline.from_pretrained(model, vae)
     images = both([1, 5], **options)
     params = random_like(image_vae.abstract_params(ImageVAE(VAE)))
     expected = ImageVAE(VAE).apply({"params": params}, latents / VAE.scaling_factor, method="decode")
     np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-4)
-    assert both.stride == 2 and both.image_size == (8, 12) and both.cells((8, 4)) == (4, 2)
+    assert both.image_size == (8, 12)
+    both.check_size((8, 4))
     with pytest.raises(ValueError, match="latents of 4 channels: name an autoencoder"):
-        bare.cells((4, 4))
+        bare.check_size((4, 4))
     with pytest.raises(ValueError, match=r"positive multiples of 4 pixels, got \(8, 6\)"):
-        both.cells((8, 6))
+        both.check_size((8, 6))
 
 
 def test_a_model_of_pixels_has_its_own_process_and_is_clipped(tmp_path):
-    sampler = ClassConditionalSampler.from_pretrained(write_pixel_model(tmp_path / "pixels"))
-    assert sampler.num_levels == 20 and sampler.stride == 1 and sampler.cells((4, 8)) == (4, 8)
+    sampler = DiTPipeline.from_pretrained(write_pixel_model(tmp_path / "pixels"))
+    assert sampler.process.most_steps == 20 and sampler.image_size == (4, 4)
+    sampler.check_size((4, 8))
     images = sampler([0, 2], num_steps=20)
     assert images.shape == (2, 4, 4, 3) and np.abs(images).max() <= 1
     with pytest.raises(ValueError, match="makes pixels, which no autoencoder decodes"):
-        ClassConditionalSampler.from_pretrained(tmp_path / "pixels", vae="anything")
+        DiTPipeline.from_pretrained(tmp_path / "pixels", vae="anything")
 
 
 def test_models_that_are_not_there_or_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no DiT at .*absent"):
-        ClassConditionalSampler.from_pretrained(tmp_path / "absent")
+        DiTPipeline.from_pretrained(tmp_path / "absent")
     model, vae = write_latent_model(tmp_path / "dit"), write_autoencoder(tmp_path / "vae")
     (vae / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"vae.config\.json"):
-        ClassConditionalSampler.from_pretrained(model, vae)
+        DiTPipeline.from_pretrained(model, vae)
     (model / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"dit.config\.json is no JSON"):
-        ClassConditionalSampler.from_pretrained(model)
+        DiTPipeline.from_pretrained(model)
 
 
 def restless(torch, model):
@@ -263,7 +276,7 @@ def test_250_guided_steps_stay_with_the_reference_to_the_end(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     for name, data in convert_dit(tmp_path / "theirs").items():
         (tmp_path / name).write_bytes(data)
-    ours = ClassConditionalSampler(*load_dit(tmp_path), devices=jax.devices()[:1])
+    ours = DiTPipeline(*load_dit(tmp_path), devices=jax.devices()[:1])
 
     def network(x, step, labels):
         nchw = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2), np.float32))
