@@ -169,8 +169,6 @@ def dry_run(arguments: Arguments) -> int:
 
     config = arguments.config
     packed = isinstance(config.data, PackedDataConfig | LatentDataConfig)
-    if packed:  # the kernel changes neither parameters nor their split, and may need the devices it is made for
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     num_devices = jax.device_count()
     try:
         mesh = mesh_shape(config.mesh, num_devices)
@@ -360,7 +358,6 @@ def train_one(
         data_fingerprints=setup.data_fingerprints,
         init_from=setup.initial_params(init_from) if init_from else None,
         sample_sheet=setup.sample_sheet,
-        attention_for=setup.attention_for,
         console=console,
     )
     if jax.process_index() == 0:

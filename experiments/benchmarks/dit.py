@@ -40,6 +40,7 @@ from sora_jax.data.latents import LatentDataConfig, image_rows
 from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.models.weights import flat_names
+from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.patchify import patchify
 from sora_jax.training.flops import count_flops
@@ -52,6 +53,7 @@ from sora_jax.training.tasks.class_conditional import (
     ClassSampleConfig,
 )
 from sora_jax.training.tasks.diffusion import GaussianConfig
+from sora_jax.training.tasks.make import make_task
 
 if TYPE_CHECKING:
     import torch
@@ -224,7 +226,7 @@ def forward_and_sample(
     sampler = ClassConditionalSampler(model, params, devices=jax.local_devices()[:1])
     params = sampler.params
     inputs = draw_inputs(model, options)
-    apply = functools.partial(DiT(model).apply, method="on_images")
+    apply = functools.partial(DiT(model, attention_for("auto", packed=False)).apply, method="on_images")
     forward = jax.jit(apply)
     arguments = jax.device_put((inputs.x, inputs.steps.astype(np.float32), inputs.labels), jax.local_devices()[0])
     their_x = torch_dit.to_torch(inputs.x, device, dtype)
@@ -266,7 +268,7 @@ def forward_and_sample(
 
     batch = options.batch_size
     # Blockwise attention runs over blocks that tracing does not count.
-    dense = functools.partial(DiT(dataclasses.replace(model, attention="xla")).apply, method="on_images")
+    dense = functools.partial(DiT(model).apply, method="on_images")
     flops = count_flops(dense, {"params": params}, *arguments)
     sample_flops = 2 * options.num_steps * flops
     return (
@@ -283,7 +285,8 @@ def training(model: DiTConfig, options: DiTOptions, device: torch.device, compil
 
     theirs, model, params = torch_dit.random_model(dataclasses.replace(model, learned_variance=False), options.seed)
     theirs = theirs.to(device)
-    task = ClassConditionalTask(training_config(model, options))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
+    task = make_task(training_config(model, options), mesh)
     dtype = getattr(torch, options.dtype)
     network = torch.compile(theirs) if compiled else theirs
     trainer = torch_dit.TorchTraining(theirs, network, OPTIMIZER, dtype, task.config.class_dropout)
@@ -302,7 +305,6 @@ def training(model: DiTConfig, options: DiTOptions, device: torch.device, compil
     flat = (np.concatenate([np.ravel(tree[name]) for name in expected]) for tree in (ours, expected))
     check_agreement("gradient", *flat, options)
 
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
     tx = make_optimizer(OPTIMIZER, task.config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     state = state_from_params(params, tx, shardings)

@@ -78,10 +78,6 @@ class ClassConditionalSetup:
             num_workers=config.data.num_workers,
         )
 
-    def attention_for(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the attention kernel that needs a mesh, where the config names one."""
-        return packed.attention_for(self.config, mesh)
-
     def sample_sheet(self, params: PyTree) -> np.ndarray:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
         c = self.config.sample

@@ -44,7 +44,6 @@ class DiffusionSetup:
     Attributes:
         config: of the experiment.
         data_fingerprints: returns digests of the splits that are read, none of examples that are generated.
-        attention_for: None; these networks have no kernel that needs a mesh.
         unit: of the report's figures.
         headline: key and name of the figure that the report is about.
 
@@ -52,7 +51,6 @@ class DiffusionSetup:
         ValueError: no data set at `config.data.path`, or too few held-out examples in it.
     """
 
-    attention_for = None
     unit, headline = "bits", ("k_bits", "k")
 
     def __init__(self, config: DiffusionConfig, workdir: epath.Path, console: rich.console.Console) -> None:

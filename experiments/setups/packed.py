@@ -1,4 +1,4 @@
-"""What all runs on packed rows of a prepared data set need: captions, splits that exist, and kernels for a mesh."""
+"""What all runs on packed rows of a prepared data set need: captions, and splits that exist."""
 
 from __future__ import annotations
 
@@ -83,15 +83,6 @@ def caption_table(
             return table.save(places[1])
 
     return first_process_first(find_or_build)
-
-
-def attention_for(config: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the attention kernel that needs a mesh, where the config names one."""
-    if config.model.attention != "splash":
-        return None
-    from sora_jax.parallel.splash import splash_attention
-
-    return splash_attention(mesh)
 
 
 def without_missing_splits(config: C, console: rich.console.Console) -> C:

@@ -29,6 +29,7 @@ from sora_jax.models.navit import NaViTConfig, check_positions
 from sora_jax.models.vit import ViTConfig, load_vit, resize_images
 from sora_jax.models.vivit import ViViTConfig, load_vivit
 from sora_jax.models.weights import CONFIG_FILE
+from sora_jax.parallel.attention import attention_for
 from sora_jax.patches.positions import grid_positions
 from sora_jax.training import streams
 from sora_jax.training.checkpoint import load_model
@@ -103,10 +104,6 @@ class RecognitionSetup:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""
         return packed.open_pipeline(self.config, self._captions(), split, training)
 
-    def attention_for(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the attention kernel that needs a mesh, where the config names one."""
-        return packed.attention_for(self.config, mesh)
-
     def initial_params(self, path: str) -> str | Callable[[], PyTree]:
         """Returns what gives the parameters that a new run starts from; see `sora_jax.models.fine_tune.start_from`.
 
@@ -160,7 +157,7 @@ class RecognitionSetup:
     def _costs(self, split: str) -> Report:
         """Returns what the model and its training cost, padding and attention to it included."""
         config = self.config
-        task = recognition_task(with_dense_attention(config))
+        task = recognition_task(config)
         lines = [json.loads(line) for line in (self._workdir / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "step_seconds" in line]
         kind = "retrieval" if isinstance(config, ContrastiveConfig) else "accuracy"
@@ -244,18 +241,6 @@ def cells(config: RecognitionConfig, source: ClipSource, side: float) -> np.ndar
     return np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).astype(int)
 
 
-def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
-    """Returns the config whose operations are counted: a kernel that skips blocks has no count known beforehand."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-
-
-def with_plain_attention(config: RecognitionConfig) -> RecognitionConfig:
-    """Returns the config with a kernel that needs no mesh."""
-    plain = "auto" if isinstance(config.model, NaViTConfig) else "xla"
-    kept = plain if config.model.attention == "splash" else config.model.attention
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kept))
-
-
 def at_side(
     config: RecognitionConfig, params: PyTree, side: int | None, split: str
 ) -> tuple[RecognitionConfig, PyTree]:
@@ -292,10 +277,10 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
         split: of the data set.
         captions: their token states, for contrastive models.
     """
-    # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that needs no mesh.
+    # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that is there.
     rows = min(config.data.batch_size, SCORED_ROWS)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows, num_shards=1))
-    task = recognition_task(with_plain_attention(config))
+    task = recognition_task(config, attention_for("auto", packed=config.data.max_segments > 1))
     params = jax.device_put(params)
     size = config.data.sampling.size if isinstance(config.data.sampling, FixedSize) else config.data.sampling.sides[1:]
     label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"

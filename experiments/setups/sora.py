@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 import rich.console
 from etils import epath
@@ -54,10 +53,6 @@ class SoraSetup:
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""
         return packed.open_pipeline(self.config, self._captions(), split, training)
-
-    def attention_for(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the attention kernel that needs a mesh, where the config names one."""
-        return packed.attention_for(self.config, mesh)
 
 
 class SampleSheet:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from setups.packed import attention_for
 from sora_jax.array_types import Array, PackedBatch
 from sora_jax.config import ExperimentConfig
 from sora_jax.parallel import rules
@@ -37,7 +36,7 @@ class Trainer:
     def __init__(self, config: ExperimentConfig) -> None:
         self._mesh = make_mesh(config.mesh)
         self._tx = make_optimizer(config.optimizer, config.num_steps)
-        task = make_task(config, attention_for(config, self._mesh))
+        task = make_task(config, self._mesh)
         self._shardings = state_shardings(task, self._tx, self._mesh)
         self._state = init_state(task, self._tx, self._shardings)
         self.num_devices = self._mesh.size
@@ -53,7 +52,7 @@ class Trainer:
             the device and does not wait for the update; `timed` does.
         """
         check_batch_size(config.data.batch_size, dict(self._mesh.shape))
-        task = make_task(config, attention_for(config, self._mesh))
+        task = make_task(config, self._mesh)
         train_step = make_train_step(task, self._tx, self._mesh, self._shardings)
         split = rules.batch_sharding(self._mesh, stacked=True)
         rows = global_rows(config, config.optimizer.accumulation_steps, split)

@@ -41,6 +41,7 @@ from sora_jax.diffusion.samplers import (
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas, respaced_steps
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
+from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps
@@ -114,7 +115,7 @@ class ClassConditionalSampler:
         self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
         self.params = params
         # The kernel that trained the model need not exist here; all of them compute the same.
-        self._model = DiT(dataclasses.replace(config, attention="auto", remat="none"))
+        self._model = DiT(dataclasses.replace(config, remat="none"), attention_for("auto", self._mesh, packed=False))
         split = batch_sharding(self._mesh)
         self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)
         self._chunk = jax.jit(

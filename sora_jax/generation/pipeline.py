@@ -26,6 +26,7 @@ from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sampl
 from sora_jax.diffusion.schedules import flow_times
 from sora_jax.generation.canvas import ClipRequest, blank_segment, is_number, make_requests, pack_canvas, unpack_clips
 from sora_jax.models.sora import SoraTransformer
+from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps, to_pixels
@@ -86,8 +87,8 @@ class SoraPipeline:
         self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
         self.params = params
         # The kernel that trained the model need not exist here; all of them compute the same.
-        model_config = dataclasses.replace(config.model, attention="auto", remat="none")
-        self._model = SoraTransformer(model_config, config.patch.dim)
+        model_config = dataclasses.replace(config.model, remat="none")
+        self._model = SoraTransformer(model_config, config.patch.dim, attention_for("auto", self._mesh))
         split = batch_sharding(self._mesh)
         self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)
         self._sample = jax.jit(

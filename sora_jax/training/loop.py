@@ -22,7 +22,6 @@ from PIL import Image
 
 from sora_jax.array_types import PyTree
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.attention import AttentionFn
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
@@ -126,7 +125,6 @@ def train(
     data_fingerprints: Callable[[], dict[str, str]] | None = None,
     init_from: epath.PathLike | Callable[[], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
-    attention_for: Callable[[Mesh], AttentionFn | None] | None = None,
     console: rich.console.Console | None = None,
 ) -> Outcome:
     """Trains a model, or goes on where an earlier call in the same directory stopped.
@@ -140,7 +138,6 @@ def train(
         init_from: a run or an exported model whose averaged parameters a new run starts from, or a function that
             returns parameters; an old run goes on from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
-        attention_for: makes an attention kernel for the mesh, where the config's needs one.
         console: for progress.
 
     Returns:
@@ -180,7 +177,7 @@ def train(
     checkpoint_folder.check_places(workdir, {step for step in saved if step > (first_step or 0)})
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, dict(mesh.shape))
-    task = make_task(config, attention_for(mesh) if attention_for else None)
+    task = make_task(config, mesh)
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     start = _initial_params(task, init_from) if first_step is None else None

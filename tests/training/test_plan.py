@@ -133,7 +133,7 @@ class TestWithCompiler:
         assert figures["collectives"]["all-reduce"] > 0
         total = sum(figures[f"{part}_bytes"] for part in ("argument", "output", "temporary", "code"))
         assert figures["total_bytes"] == total - figures["aliased_bytes"]
-        assert "memory per chip" in result.stdout
+        assert "memory per device" in result.stdout
 
     def test_the_script_names_an_unknown_topology(self):
         result = run_script("sora_nano", "--topology", "v99:2x2")

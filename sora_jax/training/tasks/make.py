@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from sora_jax.config import ExperimentConfig, SoraConfig
-from sora_jax.models.attention import AttentionFn
+from sora_jax.models.attention import AttentionFn, xla_attention
+from sora_jax.parallel.attention import attention_for
 from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask
 from sora_jax.training.tasks.diffusion import DiffusionConfig, diffusion_task
 from sora_jax.training.tasks.recognition import (
@@ -21,20 +24,26 @@ CONFIGS: dict[str, type[ExperimentConfig]] = {
 }
 
 
-def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None) -> Task:
+def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str | None = None) -> Task:
     """Returns what an experiment trains.
 
     Args:
         config: of the experiment.
-        attention_fn: replaces the attention kernel that the config names.
+        mesh: that it is to run on, with the attention kernel that the config names; None where only shapes or counts
+            are wanted, for which the reference serves.
+        platform: that is compiled for; None for the mesh's.
 
     Raises:
         TypeError: a config of a kind that nothing trains.
+        ValueError: an attention kernel that the platform does not have.
     """
-    if isinstance(config, SoraConfig):
-        return SoraTask(config, attention_fn)
     if isinstance(config, DiffusionConfig):
         return diffusion_task(config)
+    attention_fn: AttentionFn = xla_attention
+    if mesh is not None:
+        attention_fn = attention_for(config.model.attention, mesh, platform, packed=config.data.max_segments > 1)
+    if isinstance(config, SoraConfig):
+        return SoraTask(config, attention_fn)
     if isinstance(config, ClassConditionalConfig):
         return ClassConditionalTask(config, attention_fn)
     if isinstance(config, RecognitionConfig):

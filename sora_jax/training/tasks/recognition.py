@@ -20,7 +20,7 @@ from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import PatchConfig, StudyConfig, check
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
 from sora_jax.models import navit, vit, vivit
-from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.navit import ContrastiveHead, NaViT, NaViTConfig, NaViTOutput
 from sora_jax.models.vit import ViT, ViTConfig
 from sora_jax.models.vivit import ViViT, ViViTConfig
@@ -154,12 +154,12 @@ class RecognitionTask:
 
     Args:
         config: of the experiment.
-        attention_fn: replaces the kernel that `config.model` names.
+        attention_fn: the kernel; the reference suffices for shapes and counts.
     """
 
     text_dim = 0
 
-    def __init__(self, config: RecognitionConfig, attention_fn: AttentionFn | None = None) -> None:
+    def __init__(self, config: RecognitionConfig, attention_fn: AttentionFn = xla_attention) -> None:
         self.config = config
         model = config.model
         if isinstance(model, NaViTConfig):
@@ -250,7 +250,7 @@ class ClassificationTask(RecognitionTask):
 class ContrastiveTask(RecognitionTask):
     """Images or clips and their captions."""
 
-    def __init__(self, config: ContrastiveConfig, attention_fn: AttentionFn | None = None) -> None:
+    def __init__(self, config: ContrastiveConfig, attention_fn: AttentionFn = xla_attention) -> None:
         super().__init__(config, attention_fn)
         self.text_dim = config.text_dim
         self.head = ContrastiveHead(config.embedding_dim)
@@ -305,7 +305,7 @@ def count_examples(batch: PackedBatch) -> Metrics:
 def _flops_of_one(model: ViT | ViViT) -> int:
     """Returns the operations of a forward pass of one image or clip; nothing is allocated."""
     c = model.config
-    plain = model.clone(attention_fn=attention_kernel("xla"))
+    plain = model.clone(attention_fn=xla_attention)
     family = vivit if isinstance(c, ViViTConfig) else vit
     frames = (c.num_frames,) if isinstance(c, ViViTConfig) else ()
     shape = jax.ShapeDtypeStruct((1, *frames, *c.image_size, c.channels), jnp.float32)
@@ -314,7 +314,7 @@ def _flops_of_one(model: ViT | ViViT) -> int:
 
 
 def recognition_task(
-    config: RecognitionConfig, attention_fn: AttentionFn | None = None
+    config: RecognitionConfig, attention_fn: AttentionFn = xla_attention
 ) -> ClassificationTask | ContrastiveTask:
     """Returns the task of an experiment."""
     kind = ContrastiveTask if isinstance(config, ContrastiveConfig) else ClassificationTask
