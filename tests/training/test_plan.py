@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+import tiny_recognition
 
 from sora_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SoraConfig
 from sora_jax.models.sora import SORA_SIZES
+from sora_jax.parallel import rules
+from sora_jax.parallel.attention import DENSE_KEYS, attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.training import plan
 
@@ -36,6 +40,18 @@ def small_config(**model):
     )
 
 
+def with_attention(config, name):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+
+
+def named_config(name):
+    """Returns the config of a file in experiments/configs."""
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "experiments" / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.config()
+
+
 def run_script(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
@@ -50,10 +66,11 @@ def test_collectives_are_counted_once_each():
     }
 
 
-def test_auto_attention_is_that_of_a_tpu_whatever_this_machine_is():
+@pytest.mark.parametrize("config", [small_config(), tiny_recognition.NAVIT], ids=["sora", "navit"])
+def test_auto_attention_is_that_of_a_tpu_whatever_this_machine_is(config):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     texts = {
-        name: plan.lower_step(small_config(attention=name), mesh).as_text() for name in ("auto", "xla", "blockwise")
+        name: plan.lower_step(with_attention(config, name), mesh).as_text() for name in ("auto", "xla", "blockwise")
     }
     assert texts["auto"] == texts["xla"] != texts["blockwise"]
 
@@ -90,11 +107,7 @@ class TestWithCompiler:
             plan.topology_devices(name)
 
     def test_sora_xl_fits_eight_chips(self, capsys):
-        path = ROOT / "experiments" / "configs" / "sora_xl.py"
-        spec = importlib.util.spec_from_file_location("sora_xl_config", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.config()
+        config = named_config("sora_xl")
         assert (config.model.width, config.model.depth, config.model.attention) == (1152, 28, "splash")
         result = plan.plan_step(config, "v5e:2x4")
         with capsys.disabled():
@@ -106,6 +119,40 @@ class TestWithCompiler:
         assert result.collectives["all-gather"] > 0
         # Parameters, their average and two moments, float32, an eighth on each chip; little else is an argument.
         assert result.aliased_bytes < result.argument_bytes < 1.2 * result.aliased_bytes
+
+    @pytest.mark.parametrize(("topology", "kind", "gib"), [("v4:2x2x1", "TPU v4", 16), ("tpu7x:2x2x1", "TPU7x", 96)])
+    def test_half_a_chip_has_half_its_memory(self, topology, kind, gib):
+        result = plan.plan_step(small_config(), topology)
+        assert (result.num_devices, result.device_kind, result.hbm_bytes) == (8, kind, gib * 2**30)
+        assert 0 < result.total_bytes < result.hbm_bytes
+
+    @pytest.mark.parametrize("name", ["dit_xl_2", "navit_stills", "navit_captions", "vit_b_16"])
+    def test_splash_compiles_for_every_family(self, name):
+        config = with_attention(named_config(name), "splash")
+        model = dataclasses.replace(config.model, depth=1)
+        result = plan.plan_step(dataclasses.replace(config, model=model), "v5e:4x4")
+        # A forward kernel and two backward ones.
+        assert result.num_devices == 16 and result.num_pallas_calls >= 3
+
+    def test_auto_is_splash_where_rows_are_long(self):
+        mesh = make_mesh(MeshConfig(), plan.topology_devices("v5e:2x4"))
+        for length, kernels in ((DENSE_KEYS, False), (DENSE_KEYS + 1, True)):
+            config = small_config()
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+            assert ("tpu_custom_call" in plan.lower_step(config, mesh).as_text()) == kernels
+
+    def test_splash_compiles_causal_and_with_its_logsumexp(self):
+        mesh = make_mesh(MeshConfig(), plan.topology_devices("v5e:2x4"))
+        rows = rules.batch_sharding(mesh)
+        q = jax.ShapeDtypeStruct((8, 300, 2, 72), jnp.bfloat16, sharding=rows)
+        ids = jax.ShapeDtypeStruct((8, 300), jnp.int32, sharding=rows)
+
+        def loss(q, ids):
+            out, total = attention_for("splash", mesh)(q, q, q, ids, ids, causal=True, with_logsumexp=True)
+            return out.astype(jnp.float32).sum() + total.sum()
+
+        program = jax.jit(jax.grad(loss)).lower(q, ids).compile().as_text()
+        assert program.count('custom_call_target="tpu_custom_call"') == 3
 
     @pytest.mark.parametrize("head_dim", [32, 72, 96, 128])
     def test_splash_compiles_for_any_head_and_length(self, head_dim):
