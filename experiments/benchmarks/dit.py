@@ -44,9 +44,11 @@ from sora_jax.families.dit import (
     ClassConditionalTask,
     ClassSampleConfig,
 )
+from sora_jax.families.registry import task_for
 from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.generator import sample_seeds, token_noise
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
+from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.levels import one_level
 from sora_jax.patches.patchify import grid_shape, patchify, unpatchify
@@ -242,7 +244,7 @@ def forward_and_sample(
     pipeline = DiTPipeline(model, params, devices=jax.local_devices()[:1])
     params = pipeline.params
     inputs = draw_inputs(model, options)
-    apply = functools.partial(DiT(model).apply, method="on_images")
+    apply = functools.partial(DiT(model, attention_for("auto", packed=False)).apply, method="on_images")
     forward = jax.jit(apply)
     arguments = jax.device_put((inputs.x, inputs.steps.astype(np.float32), inputs.labels), jax.local_devices()[0])
     their_x = torch_dit.to_torch(inputs.x, device, dtype)
@@ -282,7 +284,7 @@ def forward_and_sample(
 
     batch = options.batch_size
     # Blockwise attention runs over blocks that tracing does not count.
-    dense = functools.partial(DiT(dataclasses.replace(model, attention="xla")).apply, method="on_images")
+    dense = functools.partial(DiT(model).apply, method="on_images")
     flops = count_flops(dense, {"params": params}, *arguments)
     sample_flops = 2 * options.num_steps * flops
     return (
@@ -299,7 +301,8 @@ def training(model: DiTConfig, options: DiTOptions, device: torch.device, compil
 
     theirs, model, params = torch_dit.random_model(dataclasses.replace(model, learned_variance=False), options.seed)
     theirs = theirs.to(device)
-    task = ClassConditionalTask(training_config(model, options))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
+    task = task_for(training_config(model, options))(mesh)
     dtype = getattr(torch, options.dtype)
     network = torch.compile(theirs) if compiled else theirs
     trainer = torch_dit.TorchTraining(theirs, network, OPTIMIZER, dtype, task.config.class_dropout)
@@ -318,7 +321,6 @@ def training(model: DiTConfig, options: DiTOptions, device: torch.device, compil
     flat = (np.concatenate([np.ravel(tree[name]) for name in expected]) for tree in (ours, expected))
     check_agreement("gradient", *flat, options)
 
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
     tx = make_optimizer(OPTIMIZER, task.config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     state = state_from_params(params, tx, shardings)
@@ -361,9 +363,7 @@ def image_rows(images: NumpyArray, labels: NumpyArray, patch: PatchConfig) -> Pa
     """Returns equal images (N, H, W, C), of latents or pixels, as packed rows of one image each."""
     positions = grid_positions(grid_shape(1, *images.shape[1:3], patch.size), 1.0, patch)
     text, levels = np.zeros((0, 0), TEXT_DTYPE), one_level(len(positions))
-    budgets = dict(
-        row_length=len(positions), text_length=0, max_segments=1, max_levels=1, patch_dim=patch.dim, text_dim=0
-    )
+    budgets = dict(row_length=len(positions), text_length=0, max_segments=1, patch_dim=patch.dim, text_dim=0)
     return stack_rows(
         [
             fill_row([Segment(patchify(x[None], patch.size), positions, text, levels, 0, int(label))], **budgets)

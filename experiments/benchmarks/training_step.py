@@ -11,16 +11,13 @@ from rich.console import Console
 
 from sora_jax.data.captions import CaptionStates
 from sora_jax.families.sora import SoraConfig
-from sora_jax.models.attention import attention_kernel
+from sora_jax.parallel.attention import kernel_of
 from sora_jax.runs.packed import caption_table
 
 
 def kernel_name(config: SoraConfig) -> str:
     """Returns the name of the attention kernel that a config uses here, with `auto` resolved."""
-    name = config.model.attention
-    if name != "auto":
-        return name
-    return next(n for n in ("xla", "blockwise") if attention_kernel(n) is attention_kernel("auto"))
+    return kernel_of(config.model.attention, jax.default_backend(), config.data.row_length)
 
 
 def with_data(config: SoraConfig, **changes: object) -> SoraConfig:

@@ -27,7 +27,8 @@ from sora_jax.config import ExperimentConfig
 from sora_jax.configs import config_names, load_config
 from sora_jax.families.sora import SoraConfig
 from sora_jax.files import check_writable, write_whole
-from sora_jax.runs.plan import GIB, MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
+from sora_jax.runs.plan import MissingCompilerError, OutOfMemoryError, StepPlan, plan_step
+from sora_jax.training.chips import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def plan_table(name: str, plan: StepPlan) -> rich.table.Table:
-    """Returns what a person reads: memory of one chip, and the program's kernels and collectives."""
+    """Returns what a person reads: memory of one device, and the program's kernels and collectives."""
     table = rich.table.Table("", name, title=f"one training step on {plan.num_devices} x {plan.device_kind}")
     table.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items()))
     for label, size in (
@@ -98,7 +99,7 @@ def plan_table(name: str, plan: StepPlan) -> rich.table.Table:
     ):
         table.add_row(label, f"{size / GIB:.2f} GiB")
     share = plan.total_bytes / plan.hbm_bytes
-    table.add_row("memory per chip", f"{plan.total_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.0f} GiB ({share:.0%})")
+    table.add_row("memory per device", f"{plan.total_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.0f} GiB ({share:.0%})")
     table.add_row("Pallas kernels (loop bodies once)", f"{plan.num_pallas_calls}")
     for kind, count in plan.collectives.items():
         if count:

@@ -35,6 +35,7 @@ from sora_jax.diffusion.gaussian import Levels, discrete_levels
 from sora_jax.diffusion.likelihood import BoundTerms
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.diffusion.samplers import Denoise
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig
 from sora_jax.models.multiscale import MultiscaleConfig, MultiscaleConvolution
 from sora_jax.models.unet import UNet, UNetConfig
@@ -306,7 +307,7 @@ class BinomialTask(DiffusionTask):
         return binomial.sample(self.network_of(params), (num_samples, *self.config.data.shape), self._betas, key)
 
 
-def diffusion_task(config: DiffusionConfig, attention_fn: None = None) -> GaussianTask | BinomialTask:
+def diffusion_task(config: DiffusionConfig, attention_fn: AttentionFn = xla_attention) -> GaussianTask | BinomialTask:
     """Returns the task of an experiment; its networks have no attention kernel to choose."""
     del attention_fn
     return BinomialTask(config) if isinstance(config.process, BinomialConfig) else GaussianTask(config)

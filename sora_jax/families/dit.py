@@ -27,7 +27,7 @@ from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.families.recognition import count_examples
 from sora_jax.models import dit
-from sora_jax.models.attention import AttentionFn
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.dit import DiT, DiTConfig, split_output
 from sora_jax.patches.segments import without_padding
 from sora_jax.training import streams
@@ -135,10 +135,10 @@ class ClassConditionalTask:
 
     Args:
         config: of the experiment.
-        attention_fn: replaces the kernel that `config.model` names.
+        attention_fn: the kernel; the reference suffices for shapes and counts.
     """
 
-    def __init__(self, config: ClassConditionalConfig, attention_fn: AttentionFn | None = None) -> None:
+    def __init__(self, config: ClassConditionalConfig, attention_fn: AttentionFn = xla_attention) -> None:
         self.config = config
         self.model = DiT(config.model, attention_fn)
         self.process = config.sampled_process
@@ -252,7 +252,7 @@ def network(
 @functools.cache
 def _flops_of_one(config: DiTConfig, size: tuple[int, int]) -> int:
     """Returns the operations of a forward pass of one image of (height, width) cells; nothing is allocated."""
-    plain = DiT(dataclasses.replace(config, attention="xla"))
+    plain = DiT(config)
     image = jax.ShapeDtypeStruct((1, *size, config.in_channels), jnp.float32)
     time, label = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.float32, jnp.int32))
     params = nn.meta.unbox(dit.abstract_params(plain))

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.attention import AttentionFn
+from sora_jax.models.attention import AttentionFn, xla_attention
+from sora_jax.parallel.attention import attention_for
 from sora_jax.training.task import Task
 
 
@@ -83,12 +84,12 @@ def config_class(kind: str) -> type[ExperimentConfig]:
     return load(FAMILIES[kind].config)
 
 
-def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None) -> Task:
+def make_task(config: ExperimentConfig, attention_fn: AttentionFn = xla_attention) -> Task:
     """Returns what an experiment trains.
 
     Args:
         config: of the experiment.
-        attention_fn: replaces the attention kernel that the config names.
+        attention_fn: the attention kernel; the reference suffices for shapes and counts.
 
     Raises:
         ValueError: a config of a kind that is not registered.
@@ -96,14 +97,18 @@ def make_task(config: ExperimentConfig, attention_fn: AttentionFn | None = None)
     return load(family_of(config).task)(config, attention_fn)
 
 
-def task_for(config: ExperimentConfig) -> Callable[[Mesh], Task]:
-    """Returns what makes the task of an experiment for a mesh, with the attention kernel that the mesh asks for."""
+def task_for(config: ExperimentConfig, platform: str | None = None) -> Callable[[Mesh], Task]:
+    """Returns what makes the task of an experiment for a mesh, with the attention kernel that its config names.
+
+    Args:
+        config: of the experiment.
+        platform: that is compiled for; None for the mesh's.
+    """
 
     def make(mesh: Mesh) -> Task:
-        if getattr(config.model, "attention", None) != "splash":
+        name = getattr(config.model, "attention", None)
+        if name is None:  # a network without attention
             return make_task(config)
-        from sora_jax.parallel.splash import splash_attention
-
-        return make_task(config, splash_attention(mesh))
+        return make_task(config, attention_for(name, mesh, platform, packed=config.data.max_segments > 1))
 
     return make

@@ -23,7 +23,7 @@ from sora_jax.diffusion import flow
 from sora_jax.diffusion.losses import flow_loss
 from sora_jax.diffusion.process import FlowProcess
 from sora_jax.models import sora
-from sora_jax.models.attention import AttentionFn
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.sora import GRID_FREQUENCIES, ModelConfig, SoraTransformer
 from sora_jax.patches.levels import FREE, KNOWN
 from sora_jax.patches.segments import segment_one_hot
@@ -90,10 +90,10 @@ class SoraTask:
 
     Args:
         config: of the experiment.
-        attention_fn: replaces the kernel that `config.model` names.
+        attention_fn: the kernel; the reference suffices for shapes and counts.
     """
 
-    def __init__(self, config: SoraConfig, attention_fn: AttentionFn | None = None) -> None:
+    def __init__(self, config: SoraConfig, attention_fn: AttentionFn = xla_attention) -> None:
         self.config = config
         self.model = SoraTransformer(config.model, config.patch.dim, attention_fn)
 

@@ -27,10 +27,11 @@ from sora_jax.families.dit import ClassConditionalConfig, network
 from sora_jax.families.load import load_model
 from sora_jax.generation.canvas import ClipRequest
 from sora_jax.generation.clips import ClassConditioner, ClipGenerator
-from sora_jax.generation.generator import Generator, sample_seeds
+from sora_jax.generation.generator import Generator, sample_seeds, sampling_mesh
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.autoencoder.codec import Codec, IdentityCodec, ImageCodec
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
+from sora_jax.parallel.attention import attention_for
 from sora_jax.training.run_directory import read_keys
 
 
@@ -69,7 +70,8 @@ class DiTPipeline:
         self.codec = IdentityCodec(config.in_channels) if codec is None else codec
         self.process = paper_process(config) if process is None else process
         # The kernel that trained the model need not exist here; all of them compute the same.
-        model = DiT(dataclasses.replace(config, attention="auto", remat="none"), attention_fn)
+        kernel = attention_fn or attention_for("auto", sampling_mesh(devices), packed=False)
+        model = DiT(dataclasses.replace(config, remat="none"), kernel)
         self.clips = ClipGenerator(
             Generator(functools.partial(network, model), self.process, params, devices),
             ClassConditioner(config.num_classes),

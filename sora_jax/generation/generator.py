@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sora_jax.array_types import Array, Bool, Float, Int, NumpyArray, PyTree
 from sora_jax.config import MeshConfig
@@ -100,6 +101,11 @@ def plain_draw(shape: tuple[int, ...], ladder: Levels, seeds: Int[np.ndarray, " 
     return Draw(x, (), None, levels, seeds, np.ones(len(seeds), np.float32), names)
 
 
+def sampling_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh that rows are split over: one axis of the devices (default: all of this host)."""
+    return make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
+
+
 class Generator:
     """Takes states through a sampler, on a mesh.
 
@@ -117,7 +123,7 @@ class Generator:
         self, network: FamilyNetwork, process: Process, params: PyTree, devices: Sequence[jax.Device] | None = None
     ) -> None:
         self.network, self.process = network, process
-        self._mesh = make_mesh(MeshConfig(data=-1), jax.local_devices() if devices is None else devices)
+        self._mesh = sampling_mesh(devices)
         self.params = params
         split = batch_sharding(self._mesh)
         self._state_shardings = State(split, split, index=replicated(self._mesh), first_bad=split)

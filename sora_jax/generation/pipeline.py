@@ -23,10 +23,11 @@ from sora_jax.diffusion.process import FlowProcess
 from sora_jax.families.sora import SoraConfig, network
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.clips import ClipGenerator, TextConditioner, TextEncoder
-from sora_jax.generation.generator import Generator
+from sora_jax.generation.generator import Generator, sampling_mesh
 from sora_jax.models.attention import AttentionFn
 from sora_jax.models.autoencoder.codec import Codec, IdentityCodec
 from sora_jax.models.sora import SoraTransformer
+from sora_jax.parallel.attention import attention_for
 from sora_jax.pixels import from_pixels, to_pixels
 
 DEFAULT_MODEL = epath.Path(__file__).parent.parent / "assets" / "sora_emoji"
@@ -76,8 +77,8 @@ class SoraPipeline:
             )
         self.config = config
         # The kernel that trained the model need not exist here; all of them compute the same.
-        model_config = dataclasses.replace(config.model, attention="auto", remat="none")
-        model = SoraTransformer(model_config, config.patch.dim, attention_fn)
+        kernel = attention_fn or attention_for("auto", sampling_mesh(devices))
+        model = SoraTransformer(dataclasses.replace(config.model, remat="none"), config.patch.dim, kernel)
         self.clips = ClipGenerator(
             Generator(functools.partial(network, model), FlowProcess(config.flow), params, devices),
             TextConditioner(text_encoder, config.data.max_caption_tokens),

@@ -1,27 +1,84 @@
 """One attention over packed rows, with several kernels behind it.
 
-    (1)  o_i = sum_j softmax_j(q_i . k_j / sqrt(Dh)) v_j,  j over the keys of i's segment
+    (1)  s_ij = scale q_i . k_j + bias_ij,  j over the keys of i's segment, and, where causal, j <= i
+    (2)  o_i = sum_j softmax_j(s_ij) v_j
+    (3)  z_i = log sum_j exp(s_ij)
 
-Masks come from segment ids only. A query of segment 0 (padding), or whose segment has no key, yields zeros.
-`xla` is the reference. `blockwise` computes the same without the (L, L) matrix and skips the key blocks that hold
-none of a query block's segments, which is what makes packed rows cheap where no fused kernel exists (CPU). Where a row
-is one segment there is nothing to skip, and `whole_row` takes the dense matrix while it is small.
-`splash` (TPU) needs a mesh, is built in `sora_jax.parallel` and handed to the model.
+Masks come from segment ids only. A query of segment 0 (padding), or one that no key is left for, yields zeros, and
+`NO_KEYS` in equation 3. With equation 3, attention to a set of keys is put together from attention to its parts: their
+outputs count by softmax(z), and the whole's z is the log of the sum of exp(z).
+
+`AttentionFn` is what every kernel can be called like, and `xla_attention` the reference. `blockwise_attention` computes
+the same without the (L, M) matrix and skips the key blocks that hold none of a query block's segments. `splash` (TPU)
+is built for a mesh in `sora_jax.parallel`, where one function chooses among them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, Protocol, overload
 
 import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Float, Int
-from sora_jax.models.blockwise_attention import blockwise_attention
 from sora_jax.patches.segments import segment_mask
 
-AttentionFn = Callable[[Array, Array, Array, Array, Array], Array]
-DENSE_KEYS = 1024  # 16 heads of as many queries and keys are 64 MiB of weights a row
+NO_KEYS = float(jnp.finfo(jnp.float32).min)
+"""Equation 3 of a query without keys: in sums with others it counts for nothing, and unlike -inf never makes a NaN."""
+
+RowAttention = Callable[[Array, Array, Array, Array, Array], Array]
+"""Attention as the blocks of a model call it: of (q, k, v, query_ids, key_ids), with equation 2 alone."""
+
+
+class AttentionFn(Protocol):
+    """What an attention kernel is called like; one that cannot do something raises a ValueError that says so.
+
+    Args:
+        q: (B, L, H, Dh).
+        k: (B, M, H, Dh).
+        v: (B, M, H, Dh).
+        query_ids: (B, L), segment of each query, 0 for padding.
+        key_ids: (B, M), segment of each key, 0 for padding.
+        causal: whether a query leaves out the keys that stand behind it in the row, which is the order within each
+            segment. There must be as many keys as queries: they are the same tokens.
+        bias: (B or 1, H, L, M), finite, is added to the scores; None for none.
+        scale: of the scores; None for 1 / sqrt(Dh).
+        with_logsumexp: whether equation 3 is returned too. Gradients flow through it.
+
+    Returns:
+        (B, L, H, Dh) of the dtype of `q`, from a softmax in float32; with `with_logsumexp` also (B, L, H) float32.
+    """
+
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        query_ids: Array,
+        key_ids: Array,
+        *,
+        causal: bool = ...,
+        bias: Array | None = ...,
+        scale: float | None = ...,
+        with_logsumexp: Literal[False] = ...,
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        query_ids: Array,
+        key_ids: Array,
+        *,
+        causal: bool = ...,
+        bias: Array | None = ...,
+        scale: float | None = ...,
+        with_logsumexp: Literal[True],
+    ) -> tuple[Array, Array]: ...
 
 
 def xla_attention(
@@ -30,60 +87,38 @@ def xla_attention(
     v: Float[Array, "batch keys heads head_dim"],
     query_ids: Int[Array, "batch queries"],
     key_ids: Int[Array, "batch keys"],
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Computes equation 1 with the whole matrix of weights; softmax in float32.
-
-    Args:
-        q: (B, L, H, Dh).
-        k: (B, M, H, Dh).
-        v: (B, M, H, Dh).
-        query_ids: (B, L), segment of each query, 0 for padding.
-        key_ids: (B, M), segment of each key, 0 for padding.
-
-    Returns:
-        (B, L, H, Dh), of the dtype of `q`.
-    """
+    *,
+    causal: bool = False,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
+    scale: float | None = None,
+    with_logsumexp: bool = False,
+) -> (
+    Float[Array, "batch queries heads head_dim"]
+    | tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]
+):
+    """Computes equations 2 and 3 with the whole matrix of scores; see `AttentionFn`."""
+    check_causal(causal, q.shape[1], k.shape[1])
     mask = segment_mask(query_ids, key_ids)  # (B, L, M)
+    if causal:
+        mask &= jnp.tri(q.shape[1], dtype=bool)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # (B, H, L, Dh): products and their gradients lie as they are
-    scores = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores += bias
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v)
     # The weights are zero where masked, but for queries without any key: theirs are all equal.
-    return jnp.where(mask.any(axis=-1)[..., None, None], jnp.swapaxes(out, 1, 2), 0)
+    has_key = mask.any(axis=-1)[..., None]  # (B, L, 1)
+    out = jnp.where(has_key[..., None], jnp.swapaxes(out, 1, 2), 0)
+    if not with_logsumexp:
+        return out
+    total = jax.nn.logsumexp(scores, axis=-1)  # (B, H, L)
+    return out, jnp.where(has_key, jnp.swapaxes(total, 1, 2), NO_KEYS)
 
 
-def whole_row_attention(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys heads head_dim"],
-    v: Float[Array, "batch keys heads head_dim"],
-    query_ids: Int[Array, "batch queries"],
-    key_ids: Int[Array, "batch keys"],
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Computes the same by the kernel that is faster on a CPU where rows hold one segment: no block can be left out.
-
-    That is `xla_attention` up to `DENSE_KEYS` keys, and beyond, for the sake of memory, `blockwise_attention`.
-    """
-    kernel = xla_attention if k.shape[1] <= DENSE_KEYS else blockwise_attention
-    return kernel(q, k, v, query_ids, key_ids)
-
-
-def attention_kernel(name: str, packed: bool = True) -> AttentionFn:
-    """Returns the kernel called `name`; `auto` picks by platform.
-
-    Args:
-        name: of the kernel. `auto` is `xla` but for CPUs, where it is `blockwise` or, for rows that are not packed,
-            `whole_row`.
-        packed: whether rows hold several segments; of use to `auto` only.
-
-    Raises:
-        ValueError: `splash`, which must be built for a mesh, or an unknown name.
-    """
-    if name == "auto" and jax.default_backend() == "cpu":
-        return blockwise_attention if packed else whole_row_attention
-    kernels = {"auto": xla_attention, "xla": xla_attention, "blockwise": blockwise_attention}
-    if name not in kernels:
-        raise ValueError(
-            f"attention must be auto, xla or blockwise here, got {name!r}; splash is built for a mesh by "
-            "sora_jax.parallel.splash and passed to the model as attention_fn."
-        )
-    return kernels[name]
+def check_causal(causal: bool, num_queries: int, num_keys: int) -> None:
+    """Raises ValueError where attention is to be causal between rows of different lengths."""
+    if causal and num_queries != num_keys:
+        raise ValueError(f"causal attention needs as many keys as queries, got {num_keys} and {num_queries}.")

@@ -34,7 +34,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int, PyTree
 from sora_jax.config import check
-from sora_jax.models.attention import AttentionFn, attention_kernel, xla_attention
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.layers import dense, layer_norm, modulate, sinusoidal_embedding
 from sora_jax.models.transformer import (
     Context,
@@ -75,8 +75,7 @@ class DiTConfig:
         norm_eps: epsilon of every norm.
         dtype: of the computation; parameters, norms, softmax, conditioning and output stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: kernel; `auto` picks by platform and by whether rows hold several images (see
-            `sora_jax.models.attention`).
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
         num_label_rows: rows of the table of label embeddings: `num_classes` where there is no null class, and guidance
             is not possible; None for one more.
     """
@@ -146,11 +145,11 @@ class DiT(nn.Module):
 
     Attributes:
         config: size and computation.
-        attention_fn: the kernel, where the one that `config.attention` names needs a mesh.
+        attention_fn: the kernel of self-attention; `sora_jax.parallel.attention` chooses it for devices.
     """
 
     config: DiTConfig
-    attention_fn: AttentionFn | None = None
+    attention_fn: AttentionFn = xla_attention
 
     @nn.compact
     def __call__(
@@ -200,14 +199,16 @@ class DiT(nn.Module):
             context = Context(segment_ids=segment_ids, text=tokens, text_segment_ids=token_ids)
         modulation = "zero_projection" if c.conditioning == "adaln_zero" else "projection"
         blocks = scanned_blocks(
-            self._sublayers(num_segments > 1), depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat,
+            self._sublayers(), depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat,
             name="blocks", modulation=modulation,
         )  # fmt: skip
         x = blocks(x, context)[0][:, :length]
 
         x = layer_norm(name="head_norm", eps=c.norm_eps, affine=not adaptive)(x)
         if adaptive:
-            parts = dense(2 * c.width, ("width", "mlp"), name="head_modulation", dtype="float32", zero=True)(condition)
+            parts = dense(2 * c.width, ("width", "modulation"), name="head_modulation", dtype="float32", zero=True)(
+                condition
+            )
             x = modulate(x, *expand_levels(parts.reshape(*timesteps.shape, 2, c.width), one_hot))
         out_dim = c.patch_size**2 * c.out_channels
         x = dense(out_dim, ("width", "patch"), name="head", dtype="float32", zero=True)(x)
@@ -263,22 +264,22 @@ class DiT(nn.Module):
         c = self.config
         normal = nn.initializers.normal(0.02)
         h = sinusoidal_embedding(timesteps, c.frequency_dim, endpoint=c.frequency_endpoint)
-        h = dense(c.width, ("modulation", "width"), name="time_fc1", dtype="float32", init=normal)(h)
-        time = dense(c.width, ("width", "heads_width"), name="time_fc2", dtype="float32", init=normal)(jax.nn.silu(h))
+        h = dense(c.width, ("features", "width"), name="time_fc1", dtype="float32", init=normal)(h)
+        time = dense(c.width, ("width", "conditioning"), name="time_fc2", dtype="float32", init=normal)(jax.nn.silu(h))
         init = nn.with_logical_partitioning(normal, ("classes", "width"))
         num_rows = c.num_classes + c.has_null_class
         table = self.param("label_embedding", init, (num_rows, c.width), jnp.float32)
         labels = jnp.where(labels < 0, c.num_classes, labels)
         return time, jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
-    def _sublayers(self, packed: bool) -> tuple[Sublayer, ...]:
-        """Returns the sublayers of a block; `packed` is whether rows hold several images."""
+    def _sublayers(self) -> tuple[Sublayer, ...]:
+        """Returns the sublayers of a block."""
         c = self.config
         adaptive = c.conditioning in ("adaln", "adaln_zero")
         options = dict(affine=not adaptive, modulated=adaptive, gated=c.conditioning == "adaln_zero")
         heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, qk_norm="none")
-        kernel = self.attention_fn or attention_kernel(c.attention, packed)
-        mixers = {"self_attention": functools.partial(SelfAttention, **heads, attention=kernel, fused_init=True)}
+        attention = functools.partial(SelfAttention, **heads, attention=self.attention_fn, fused_init=True)
+        mixers = {"self_attention": attention}
         if c.conditioning == "cross_attention":
             # Two keys an image: no block of them is worth skipping, and a kernel built for a mesh takes only long rows.
             mixers["cross_attention"] = functools.partial(CrossAttention, **heads, attention=xla_attention)
@@ -322,7 +323,7 @@ def split_output(
 
 def num_params(config: DiTConfig) -> int:
     """Returns the number of trained parameters of a `DiT`, without allocating them."""
-    shapes = abstract_params(DiT(dataclasses.replace(config, attention="xla")))
+    shapes = abstract_params(DiT(config))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

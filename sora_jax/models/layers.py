@@ -128,9 +128,9 @@ def layer_norm(*, name: str, eps: float, affine: bool) -> nn.LayerNorm:
     )
 
 
-def rms_norm(*, name: str, eps: float) -> nn.RMSNorm:
-    """Returns an RMS norm (arXiv:1910.07467) over the width, computed in float32."""
-    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("heads_width",))
+def rms_norm(*, name: str, axis: str, eps: float) -> nn.RMSNorm:
+    """Returns an RMS norm (arXiv:1910.07467) over the last axis, whose logical name is `axis`, computed in float32."""
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
     return nn.RMSNorm(epsilon=eps, dtype=jnp.float32, scale_init=init, name=name)
 
 

@@ -177,15 +177,15 @@ class MLP(nn.Module):
 
         h = x
         if c.num_frequencies:
-            init = nn.with_logical_partitioning(_frequencies(*c.frequency_range), ("patch", "patch"))
+            init = nn.with_logical_partitioning(_frequencies(*c.frequency_range), ("patch", "features"))
             angles = x @ self.param("frequencies", init, (c.in_channels, c.num_frequencies))
             features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 2 num_frequencies)
-            gate = dense(2 * c.num_frequencies, ("modulation", "patch"), name="gate", dtype="float32")(time)
+            gate = dense(2 * c.num_frequencies, ("features", "features"), name="gate", dtype="float32")(time)
             h = jnp.concatenate([x, features * (1 + gate)], axis=-1)
         for n in range(c.depth):
             axes = ("width" if n else "patch", "channels")
             y = dense(c.width, axes, name=f"hidden_{n}", dtype="float32")(h)
-            modulation = dense(2 * c.width, ("modulation", "width"), name=f"modulation_{n}", dtype="float32")(time)
+            modulation = dense(2 * c.width, ("features", "width"), name=f"modulation_{n}", dtype="float32")(time)
             scale, shift = jnp.split(modulation, 2, axis=-1)
             y = jax.nn.silu(modulate(y, shift, scale))
             h = h + y if n else y

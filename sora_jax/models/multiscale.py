@@ -159,7 +159,7 @@ class MultiscaleConvolution(nn.Module):
         for n in range(c.num_layers):
             branch = h
             if c.modulated:
-                both = dense(2 * c.width, ("modulation", "width"), name=f"time_{n}", dtype="float32")(time)
+                both = dense(2 * c.width, ("features", "width"), name=f"time_{n}", dtype="float32")(time)
                 shift, scale = jnp.split(both[:, None, None].astype(c.dtype), 2, axis=-1)  # (B, 1, 1, width)
                 branch = branch * (1 + scale) + shift
             h = h + layer(("width", "channels"), name=f"layer_{n}")(jax.nn.silu(branch)) / c.num_layers**0.5

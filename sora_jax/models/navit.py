@@ -33,7 +33,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import check
-from sora_jax.models.attention import AttentionFn, attention_kernel, xla_attention
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.layers import Mlp, dense, layer_norm
 from sora_jax.models.recognition import SegmentOutput
 from sora_jax.models.transformer import (
@@ -66,7 +66,7 @@ class NaViTConfig:
         norm_eps: epsilon of every norm.
         dtype: of the computation; parameters, softmax and what comes out stay float32.
         remat: see `sora_jax.config.ModelConfig`.
-        attention: kernel; `auto` picks by platform (see `sora_jax.models.attention`).
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
     """
 
     width: int = 768
@@ -99,7 +99,7 @@ class NaViTConfig:
         """The axes whose positions are embedded."""
         return AXES if self.max_grid[0] > 1 else AXES[1:]
 
-    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> NaViT:
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn = xla_attention) -> NaViT:
         """Returns the network for rows of `num_segments` at most, whose patches have `patch_dim` values."""
         return NaViT(self, patch_dim, num_segments, attention_fn)
 
@@ -172,13 +172,13 @@ class NaViT(nn.Module):
         config: size and computation.
         patch_dim: P, values in a patch.
         num_segments: K, most segments of a row; no parameter depends on it.
-        attention_fn: the kernel, where the one that `config.attention` names needs a mesh.
+        attention_fn: the kernel of self-attention; `sora_jax.parallel.attention` chooses it for devices.
     """
 
     config: NaViTConfig
     patch_dim: int
     num_segments: int
-    attention_fn: AttentionFn | None = None
+    attention_fn: AttentionFn = xla_attention
 
     @nn.compact
     def __call__(
@@ -207,7 +207,6 @@ class NaViT(nn.Module):
         c, num_segments = self.config, self.num_segments
         if patches.shape[-1] != self.patch_dim:
             raise ValueError(f"patches must have the model's {self.patch_dim} values, got {patches.shape[-1]}.")
-        attention = self.attention_fn or attention_kernel(c.attention)
         real = segment_ids > 0
         members = segment_one_hot(segment_ids, num_segments)  # (B, L, K)
         present = members.any(axis=1)  # (B, K)
@@ -221,7 +220,7 @@ class NaViT(nn.Module):
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
         x = (x + PositionEmbedding(c, name="position_embedding")(positions, extents)).astype(c.dtype)  # (B, L, D)
 
-        heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=attention)
+        heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=self.attention_fn)
         heads |= dict(qk_norm="head", bias=False)
         mlp = functools.partial(FeedForward, c.mlp_dim, c.dtype, bias=False)
         sublayers = (
@@ -243,7 +242,7 @@ class NaViT(nn.Module):
         h = layer_norm(name="pool_norm", eps=c.norm_eps, affine=True)(pooled).astype(c.dtype)
         h = Mlp(c.mlp_dim, c.width, ("width", "mlp", "width"), c.dtype, bias=False, name="pool_mlp")(h)
         features = (pooled + h).astype(jnp.float32)
-        logits = dense(c.num_classes, ("width", "channels"), name="head", dtype="float32", zero=True)(features)
+        logits = dense(c.num_classes, ("width", "classes"), name="head", dtype="float32", zero=True)(features)
         fits = (segment_ids <= num_segments).all(axis=1)[:, None, None]
         features, logits = (jnp.where(fits, y, jnp.nan) for y in (features, logits))
         return SegmentOutput(*(jnp.where(present[..., None], y, 0) for y in (features, logits)), present)
@@ -290,9 +289,9 @@ class ContrastiveHead(nn.Module):
         members, text = segment_one_hot(text_segment_ids, features.shape[1]), without_padding(text, text_segment_ids)
         # A sum: at length 1 it is the mean.
         captions = jnp.einsum("bmk,bmd->bkd", members, text, precision="highest")  # (B, K, text_dim)
-        axes = ("width", "heads_width")
+        axes = ("width", "embedding")
         image = dense(self.embedding_dim, axes, name="image_projection", dtype="float32", bias=False)(features)
-        axes = ("text", "heads_width")
+        axes = ("text", "embedding")
         captions = dense(self.embedding_dim, axes, name="text_projection", dtype="float32", bias=False)(captions)
         log_scale = self.param("log_scale", nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
         return _unit(image), _unit(captions), jnp.exp(jnp.minimum(log_scale, math.log(100)))
@@ -341,7 +340,7 @@ def check_positions(config: NaViTConfig, positions: Float[np.ndarray, "tokens 3"
 
 def param_count(config: NaViTConfig, patch_dim: int) -> int:
     """Returns the number of parameters of a `NaViT`, without allocating them."""
-    shapes = abstract_params(NaViT(dataclasses.replace(config, attention="xla"), patch_dim, num_segments=1))
+    shapes = abstract_params(NaViT(config, patch_dim, num_segments=1))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import check
-from sora_jax.models.attention import AttentionFn, attention_kernel, xla_attention
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, sinusoidal_embedding
 from sora_jax.models.transformer import (
     Context,
@@ -107,12 +107,12 @@ class SoraTransformer(nn.Module):
     Attributes:
         config: size and computation.
         patch_dim: P, values in a patch.
-        attention_fn: the kernel, where the one that `config.attention` names needs a mesh.
+        attention_fn: the kernel of self- and cross-attention; `sora_jax.parallel.attention` chooses it for devices.
     """
 
     config: ModelConfig
     patch_dim: int
-    attention_fn: AttentionFn | None = None
+    attention_fn: AttentionFn = xla_attention
 
     @nn.compact
     def __call__(
@@ -145,24 +145,22 @@ class SoraTransformer(nn.Module):
         real = segment_ids > 0
         level_one_hot = jax.nn.one_hot(level_ids, levels.shape[1], dtype=c.dtype) * real[..., None].astype(c.dtype)
         levels = jnp.where(level_one_hot.any(axis=1), levels, 0)
-        attention = self.attention_fn or attention_kernel(c.attention)
-        axes = ("modulation", "width", "width")
 
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
         if c.grid_embedding:
             place = grid_coordinates(positions, segment_ids)  # (B, L, 5)
             place = sinusoidal_embedding(place, GRID_FREQUENCIES, period=GRID_PERIOD)  # (B, L, 5, GRID_FREQUENCIES)
             place = place.reshape(*segment_ids.shape, -1).astype(c.dtype)
-            x = x + dense(c.width, ("patch", "width"), name="grid_embedding", dtype=c.dtype)(place)
-        text = Mlp(c.width, c.width, ("text", "width", "heads_width"), c.dtype, name="text_embedding")(
+            x = x + dense(c.width, ("features", "width"), name="grid_embedding", dtype=c.dtype)(place)
+        text = Mlp(c.width, c.width, ("text", "width", "text_width"), c.dtype, name="text_embedding")(
             text.astype(c.dtype)
         )
 
         # Conditioning in float32: it is small, and every token depends on it.
         h = sinusoidal_embedding(levels * TIMESTEPS, c.frequency_dim)  # (B, J, frequency_dim)
-        h = dense(c.width, axes[:2], name="time_fc1", dtype="float32")(h)
-        time = dense(c.width, ("width", "heads_width"), name="time_fc2", dtype="float32")(jax.nn.silu(h))  # (B, J, D)
-        conditioning = dense(6 * c.width, ("width", "mlp"), name="time_projection", dtype="float32", zero=True)(
+        h = dense(c.width, ("features", "width"), name="time_fc1", dtype="float32")(h)
+        time = dense(c.width, ("width", "conditioning"), name="time_fc2", dtype="float32")(jax.nn.silu(h))  # (B, J, D)
+        conditioning = dense(6 * c.width, ("width", "modulation"), name="time_projection", dtype="float32", zero=True)(
             jax.nn.silu(time)
         )
         context = Context(
@@ -174,7 +172,7 @@ class SoraTransformer(nn.Module):
             level_one_hot=level_one_hot,
         )
 
-        heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=attention)
+        heads = dict(num_heads=c.num_heads, eps=c.norm_eps, dtype=c.dtype, attention=self.attention_fn)
         sublayers = (
             Sublayer("self_attention", functools.partial(SelfAttention, **heads), affine=False, modulated=True),
             Sublayer("cross_attention", functools.partial(CrossAttention, **heads), affine=True, modulated=False),
@@ -183,7 +181,7 @@ class SoraTransformer(nn.Module):
         blocks = scanned_blocks(sublayers, depth=c.depth, eps=c.norm_eps, dtype=c.dtype, remat=c.remat, name="blocks")
         x, _ = blocks(x, context)
 
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("parts", "width"))
         table = self.param("head_modulation", init, (2, c.width), jnp.float32)
         shift, scale = expand_levels(time[:, :, None] + table, context.level_one_hot)
         x = modulate(layer_norm(name="head_norm", eps=c.norm_eps, affine=False)(x), shift, scale)
@@ -209,7 +207,7 @@ def grid_coordinates(
 
 def param_count(config: ModelConfig, patch_dim: int) -> int:
     """Returns the number of parameters of a `SoraTransformer`, without allocating them."""
-    shapes = abstract_params(SoraTransformer(dataclasses.replace(config, attention="xla"), patch_dim))
+    shapes = abstract_params(SoraTransformer(config, patch_dim))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

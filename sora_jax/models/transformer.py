@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int
-from sora_jax.models.attention import AttentionFn
+from sora_jax.models.attention import RowAttention
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, rms_norm
 from sora_jax.patches.rotary import apply_rope
 
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
     num_heads: int
     eps: float
     dtype: str
-    attention: AttentionFn
+    attention: RowAttention
     qk_norm: QKNorm = "width"
     bias: bool = True
     fused_init: bool = False
@@ -102,7 +102,7 @@ class CrossAttention(nn.Module):
     num_heads: int
     eps: float
     dtype: str
-    attention: AttentionFn
+    attention: RowAttention
     qk_norm: QKNorm = "width"
     bias: bool = True
 
@@ -198,10 +198,10 @@ class Block(nn.Module):
     def _parts(self, num_parts: int, width: int, context: Context) -> Float[Array, "batch levels parts width"]:
         """Returns the vectors that modulate the sublayers, for each level, float32."""
         if self.modulation == "table":
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation", "width"))
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("parts", "width"))
             return context.conditioning + self.param("modulation", init, (num_parts, width), jnp.float32)
         zero = self.modulation == "zero_projection"
-        layer = dense(num_parts * width, ("width", "mlp"), name="modulation", dtype="float32", zero=zero)
+        layer = dense(num_parts * width, ("width", "modulation"), name="modulation", dtype="float32", zero=zero)
         return layer(context.condition).reshape(*context.condition.shape[:2], num_parts, width)
 
 
@@ -277,7 +277,9 @@ def _project(
         dense(x.shape[-1], axes, name=name, dtype=dtype, bias=bias, init=init)(y)
         for name, y in (("query", x), ("key", source), ("value", source))
     )
-    norms = [rms_norm(name=name, eps=eps) for name in ("query_norm", "key_norm")] if qk_norm != "none" else []
+    axis = "head_dim" if qk_norm == "head" else "heads_width"
+    names = ("query_norm", "key_norm") if qk_norm != "none" else ()
+    norms = [rms_norm(name=name, axis=axis, eps=eps) for name in names]
     if qk_norm == "width":
         q, k = (norm(y) for norm, y in zip(norms, (q, k), strict=True))
     q, k, v = (y.reshape(*y.shape[:2], num_heads, -1) for y in (q, k, v))

@@ -100,7 +100,9 @@ class ResidualBlock(nn.Module):
         norm = functools.partial(group_norm, num_groups=c.num_groups, eps=c.norm_eps)
         h = jax.nn.silu(norm(name="norm1")(x)).astype(c.dtype)
         h = conv(self.features, axes, name="conv1", dtype=c.dtype)(h)
-        shift = dense(self.features, axes, name="time_projection", dtype="float32")(time)  # (B, features)
+        shift = dense(self.features, ("width", "modulation"), name="time_projection", dtype="float32")(
+            time
+        )  # (B, features)
         h = jax.nn.silu(norm(name="norm2")(h + shift[:, None, None])).astype(c.dtype)
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
         h = conv(self.features, axes, name="conv2", dtype=c.dtype, zero=True)(h)
@@ -169,8 +171,8 @@ class UNet(nn.Module):
         # Time in float32: it is small, and every pixel depends on it.
         time = sinusoidal_embedding(timesteps.astype(jnp.float32), c.width, endpoint=True)
         time = jnp.roll(time, c.width // 2, axis=-1)  # DDPM has sines first
-        time = dense(4 * c.width, ("modulation", "width"), name="time_fc1", dtype="float32")(time)
-        time = dense(4 * c.width, ("width", "channels"), name="time_fc2", dtype="float32")(jax.nn.silu(time))
+        time = dense(4 * c.width, ("features", "width"), name="time_fc1", dtype="float32")(time)
+        time = dense(4 * c.width, ("width", "conditioning"), name="time_fc2", dtype="float32")(jax.nn.silu(time))
         time = jax.nn.silu(time)  # (B, 4 width)
 
         def block(x: Array, level: int, name: str) -> Array:

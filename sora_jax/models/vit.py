@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
-from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.attention import AttentionFn, RowAttention, xla_attention
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
@@ -53,7 +53,7 @@ class ViTConfig:
         exact_gelu: GELU by the error function, instead of its tanh approximation.
         dtype: of the computation; parameters, norms, softmax and head stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: kernel (see `sora_jax.models.attention`).
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
         stem: the ResNet of a hybrid, or None.
     """
 
@@ -71,7 +71,7 @@ class ViTConfig:
     exact_gelu: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["xla", "blockwise"] = "xla"
+    attention: Literal["auto", "xla", "blockwise", "splash"] = "xla"
     stem: ResNetStemConfig | None = None
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class ViTConfig:
         """Of an image, (height, width, channels)."""
         return *self.image_size, self.channels
 
-    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> ViT:
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn = xla_attention) -> ViT:
         """Returns the network; the size of patches is its own, and a row holds one image."""
         del patch_dim, num_segments
         return ViT(self, attention_fn)
@@ -175,11 +175,11 @@ class ViT(nn.Module):
 
     Attributes:
         config: size and computation.
-        attention_fn: the kernel, where one is wanted that needs a mesh.
+        attention_fn: the kernel of self-attention; `sora_jax.parallel.attention` chooses it for devices.
     """
 
     config: ViTConfig
-    attention_fn: AttentionFn | None = None
+    attention_fn: AttentionFn = xla_attention
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch out"]:
@@ -208,13 +208,13 @@ class ViT(nn.Module):
         patches = jax.vmap(functools.partial(patchify, patch_size=(1, side, side)))(features[:, None])  # (B, L, P)
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
         sublayers = encoder_sublayers(
-            {"self_attention": self.attention_fn or attention_kernel(c.attention)},
+            {"self_attention": self.attention_fn},
             num_heads=c.num_heads, mlp_dim=c.mlp_dim, eps=c.norm_eps, exact_gelu=c.exact_gelu, dtype=c.dtype,
         )  # fmt: skip
         class_token = c.pooling == "token"
         x = Encoder(sublayers, c.depth, class_token, c.norm_eps, c.dtype, c.remat, name="encoder")(x)
         if c.representation_dim:
-            axes = ("width", "heads_width")
+            axes = ("width", "representation")
             x = jnp.tanh(dense(c.representation_dim, axes, name="representation", dtype="float32")(x))
         if c.num_classes:
             x = dense(c.num_classes, ("width", "classes"), name="head", dtype="float32", zero=True)(x)
@@ -233,7 +233,7 @@ class ViT(nn.Module):
 
 
 def encoder_sublayers(
-    kernels: Mapping[str, AttentionFn], *, num_heads: int, mlp_dim: int, eps: float, exact_gelu: bool, dtype: str
+    kernels: Mapping[str, RowAttention], *, num_heads: int, mlp_dim: int, eps: float, exact_gelu: bool, dtype: str
 ) -> tuple[Sublayer, ...]:
     """Returns a block of ViT: self-attention with biases, without norms of queries and keys or angles, then an MLP.
 
@@ -286,7 +286,8 @@ def reset_head(config: ViTConfig, params: PyTree, num_classes: int) -> tuple[ViT
 
 def init_params(model: ViT, key: jax.Array) -> dict:
     """Returns freshly drawn parameters, boxed with their logical axes."""
-    c = model.config
+    # They do not depend on the kernel, and one that is built for a mesh takes no single row.
+    c, model = model.config, model.clone(attention_fn=xla_attention)
     return model.init(key, jnp.zeros((1, *c.image_size, c.channels)))["params"]
 
 

@@ -28,7 +28,7 @@ from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
-from sora_jax.models.attention import AttentionFn, attention_kernel
+from sora_jax.models.attention import AttentionFn, RowAttention, xla_attention
 from sora_jax.models.layers import dense
 from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.vit import Encoder, ViTConfig, encoder_sublayers
@@ -58,7 +58,7 @@ class ViViTConfig:
         exact_gelu: GELU by the error function; the authors' code and weights have its tanh approximation.
         dtype: of the computation; parameters, norms, softmax and head stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: kernel (see `sora_jax.models.attention`).
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
     """
 
     model: int = 1
@@ -76,7 +76,7 @@ class ViViTConfig:
     exact_gelu: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["xla", "blockwise"] = "xla"
+    attention: Literal["auto", "xla", "blockwise", "splash"] = "xla"
 
     def __post_init__(self) -> None:
         check(self.model in (1, 2, 3, 4), self, "model", "1, 2, 3 or 4")
@@ -105,7 +105,7 @@ class ViViTConfig:
         """Of a clip, (frames, height, width, channels)."""
         return self.num_frames, *self.image_size, self.channels
 
-    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> ViViT:
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn = xla_attention) -> ViViT:
         """Returns the network; the size of tubelets is its own, and a row holds one clip."""
         del patch_dim, num_segments
         return ViViT(self, attention_fn)
@@ -122,11 +122,11 @@ class ViViT(nn.Module):
 
     Attributes:
         config: size and computation.
-        attention_fn: the kernel, where one is wanted that needs a mesh.
+        attention_fn: the kernel of self-attention; `sora_jax.parallel.attention` chooses it for devices.
     """
 
     config: ViViTConfig
-    attention_fn: AttentionFn | None = None
+    attention_fn: AttentionFn = xla_attention
 
     @nn.compact
     def __call__(self, clips: Float[Array, "batch frames height width channels"]) -> Float[Array, "batch out"]:
@@ -148,7 +148,7 @@ class ViViT(nn.Module):
         patches = jax.vmap(functools.partial(patchify, patch_size=c.tubelet_size))(clips)  # (B, L, P)
         x = dense(c.width, ("patch", "width"), name="patch_embedding", dtype=c.dtype)(patches.astype(c.dtype))
 
-        attention, num_frames = self.attention_fn or attention_kernel(c.attention), c.grid[0]
+        attention, num_frames = self.attention_fn, c.grid[0]
         kernels = {
             1: {"self_attention": attention},
             2: {"self_attention": attention},
@@ -186,17 +186,17 @@ class ViViT(nn.Module):
         return init_params(self, key)
 
 
-def over_space(attention: AttentionFn, num_frames: int) -> AttentionFn:
+def over_space(attention: RowAttention, num_frames: int) -> RowAttention:
     """Returns `attention` among the tokens of a frame; tokens (B, T * N, ...) are in the order t, then place."""
     return _rearranged(attention, "b (t n) ... -> (b t) n ...", "(b t) n ... -> b (t n) ...", num_frames)
 
 
-def over_time(attention: AttentionFn, num_frames: int) -> AttentionFn:
+def over_time(attention: RowAttention, num_frames: int) -> RowAttention:
     """Returns `attention` among the tokens of a place; tokens (B, T * N, ...) are in the order t, then place."""
     return _rearranged(attention, "b (t n) ... -> (b n) t ...", "(b n) t ... -> b (t n) ...", num_frames)
 
 
-def over_space_and_time(attention: AttentionFn, num_frames: int) -> AttentionFn:
+def over_space_and_time(attention: RowAttention, num_frames: int) -> RowAttention:
     """Returns `over_space` for the first half of the heads beside `over_time` for the second (section 3.3, Model 4).
 
     That is the order of the paper's equation; the authors' code has the halves the other way round.
@@ -211,7 +211,7 @@ def over_space_and_time(attention: AttentionFn, num_frames: int) -> AttentionFn:
     return attend
 
 
-def _rearranged(attention: AttentionFn, there: str, back: str, num_frames: int) -> AttentionFn:
+def _rearranged(attention: RowAttention, there: str, back: str, num_frames: int) -> RowAttention:
     """Returns `attention` on rearranged queries, keys, values and segment ids."""
 
     def attend(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> Array:
@@ -293,7 +293,8 @@ def init_from_vit(
 
 def init_params(model: ViViT, key: jax.Array) -> dict:
     """Returns freshly drawn parameters, boxed with their logical axes."""
-    c = model.config
+    # They do not depend on the kernel, and one that is built for a mesh takes no single row.
+    c, model = model.config, model.clone(attention_fn=xla_attention)
     return model.init(key, jnp.zeros((1, c.num_frames, *c.image_size, c.channels)))["params"]
 
 

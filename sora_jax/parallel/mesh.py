@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from sora_jax.config import MeshConfig
@@ -36,6 +37,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Returns the mesh over `devices` (all devices of all hosts by default); raises like `mesh_shape`."""
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
+    if devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
+        # Half chips, as there are in topologies that are compiled for: JAX lays out whole v4 chips only.
+        places = np.array(devices).reshape(tuple(shape.values()))
+        return Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 

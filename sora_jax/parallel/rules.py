@@ -18,18 +18,25 @@ from sora_jax.array_types import PyTree
 Rules = Mapping[str, tuple[str, ...]]
 
 # The width of a token (of a pixel, in convolutions) is the one axis that every large kernel has, so splitting it alone
-# shares out all of them.
+# shares out all of them. Where a layer has it on both sides, its output goes by what it is there.
 LOGICAL_RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "layers": (),  # of a scan
     "width": ("fsdp",),
-    "channels": (),  # what a convolution puts out, where "width" is what it takes in
-    "layers": (),
-    "heads_width": (),
-    "mlp": (),
-    "patch": (),
+    "channels": (),  # that a layer puts out as wide as what it takes in, which is "width"
+    "heads_width": (),  # heads times their size: queries, keys, values and what comes out of attention
+    "head_dim": (),  # of one head
+    "mlp": (),  # hidden layer of an MLP
+    "conditioning": (),  # embedding of a noise level
+    "modulation": (),  # shifts, scales and gates that are projected from it
+    "parts": (),  # rows of a table of such vectors
+    "features": (),  # sinusoids (or bumps) of a time or a place
+    "patch": (),  # values of a patch or a pixel
+    "text": (),  # token states of the text encoder
+    "text_width": (),  # what they become in the model
     "classes": (),
-    "text": (),
-    "modulation": (),
+    "representation": (),  # hidden layer of a ViT's head
+    "embedding": (),  # of images and captions, in one space
 }
 
 

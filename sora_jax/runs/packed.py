@@ -1,4 +1,4 @@
-"""What all runs on packed rows of a prepared data set need: captions, splits that exist, and kernels for a mesh."""
+"""What all runs on packed rows of a prepared data set need: captions, and splits that exist."""
 
 from __future__ import annotations
 

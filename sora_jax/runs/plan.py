@@ -17,19 +17,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.families.registry import make_task
-from sora_jax.families.sora import SoraConfig
+from sora_jax.families.registry import task_for
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
-from sora_jax.parallel.splash import splash_attention
+from sora_jax.training.chips import hbm_bytes
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import abstract_batches, abstract_state, state_shardings
 from sora_jax.training.step import make_train_step
 
-EXAMPLES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4")
-
-GIB = 2**30
-# Memory of a device by `jax.Device.device_kind` (Google's system architecture pages).
-HBM_BYTES = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GIB}
+EXAMPLES = ("v4:2x2x1", "v5e:2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1")
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -58,7 +53,7 @@ class StepPlan:
     Attributes:
         topology: name of the topology.
         device_kind: as `jax.Device.device_kind` names the chip.
-        num_devices: of the topology.
+        num_devices: of the topology; two a chip of v4 and tpu7x.
         mesh: size of each mesh axis.
         argument_bytes: state, batch and row numbers.
         output_bytes: the next state and the metrics.
@@ -92,7 +87,7 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
     """Compiles an experiment's training step for a topology and reports memory and collectives.
 
     Args:
-        config: of the experiment; attention `auto` means what it means on a TPU, `xla`.
+        config: of the experiment; attention `auto` means what it means on a TPU.
         topology: chip and layout, like `v5e:2x4`.
 
     Raises:
@@ -129,7 +124,7 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
         temporary_bytes=parts[2],
         code_bytes=code,
         total_bytes=sum(parts) + code - aliased,
-        hbm_bytes=HBM_BYTES[devices[0].device_kind],
+        hbm_bytes=hbm_bytes(devices),
         collectives=count_collectives(program),
         num_pallas_calls=program.count('custom_call_target="tpu_custom_call"'),
         compile_seconds=time.monotonic() - start,
@@ -156,20 +151,15 @@ def topology_devices(name: str) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(f"unknown topology {name!r} ({reason}); give one like {examples}.") from error
-    kind = devices[0].device_kind
-    if kind not in HBM_BYTES:
+    if hbm_bytes(devices) is None:
+        kind = devices[0].device_kind
         raise ValueError(f"topology {name!r} has devices of kind {kind}, whose memory is not known; try {examples}.")
     return devices
 
 
 def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """Returns the training step traced for a mesh with shapes alone, ready to be compiled."""
-    kernel = None
-    if isinstance(config, SoraConfig):
-        if config.model.attention == "auto":  # which would look at the platform of this machine
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-        kernel = splash_attention(mesh) if config.model.attention == "splash" else None
-    task = make_task(config, kernel)
+    """Returns the training step for TPUs, traced for a mesh with shapes alone, ready to be compiled."""
+    task = task_for(config, "tpu")(mesh)
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     return make_train_step(task, tx, mesh, shardings).lower(

@@ -32,6 +32,7 @@ from sora_jax.models.navit import check_positions
 from sora_jax.models.vit import load_vit, resize_images
 from sora_jax.models.vivit import load_vivit
 from sora_jax.models.weights import CONFIG_FILE
+from sora_jax.parallel.attention import attention_for
 from sora_jax.patches.positions import grid_positions
 from sora_jax.runs import packed
 from sora_jax.runs.run import Report
@@ -75,7 +76,7 @@ class RecognitionRun:
             raise ValueError(
                 f"data.eval_splits must name a split to score, got {asked}, which {config.data.path} lacks."
             )
-        self.headline = make_task(with_plain_attention(config)).headline
+        self.headline = make_task(config).headline
         self._workdir, self._console = workdir, console
         chosen_on = (config.selection_split,) if config.learning_rates else ()
         self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
@@ -153,7 +154,7 @@ class RecognitionRun:
     def _costs(self, split: str) -> Report:
         """Returns what the model and its training cost, padding and attention to it included."""
         config = self.config
-        task = make_task(with_dense_attention(config))
+        task = make_task(config)
         lines = [json.loads(line) for line in (self._workdir / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "step_seconds" in line]
         kind = task.held_out_score
@@ -278,18 +279,6 @@ def cells(config: RecognitionConfig, source: Content, side: float) -> np.ndarray
     return np.maximum(np.round(sizes * scale / config.patch.size[1:]), 1).astype(int)
 
 
-def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
-    """Returns the config whose operations are counted: a kernel that skips blocks has no count known beforehand."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-
-
-def with_plain_attention(config: RecognitionConfig) -> RecognitionConfig:
-    """Returns the config with a kernel that needs no mesh."""
-    plain = "auto" if config.model.patch is None else "xla"
-    kept = plain if config.model.attention == "splash" else config.model.attention
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kept))
-
-
 def at_side(
     config: RecognitionConfig, params: PyTree, side: int | None, split: str
 ) -> tuple[RecognitionConfig, PyTree]:
@@ -326,10 +315,10 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
         split: of the data set.
         captions: their token states, for contrastive models.
     """
-    # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that needs no mesh.
+    # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that is there.
     rows = min(config.data.batch_size, SCORED_ROWS)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows, num_shards=1))
-    task = make_task(with_plain_attention(config))
+    task = make_task(config, attention_for("auto", packed=config.data.max_segments > 1))
     params = jax.device_put(params)
     size = config.data.sampling.size if config.data.sampling.one_size else config.data.sampling.sides[1:]
     label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"

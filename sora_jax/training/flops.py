@@ -16,21 +16,6 @@ from sora_jax.training import state, step
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.task import Task
 
-# Dense bfloat16 peak of a chip in FLOP/s, by `jax.Device.device_kind` (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Returns the operations of the matrix products and convolutions in `function(*args)`.
@@ -94,8 +79,3 @@ def step_flops(task: Task) -> int:
     shapes = jax.eval_shape(lambda: state.fresh_state(state.unboxed_params(task), tx))
     batches, rows = state.abstract_batches(task)
     return count_flops(lambda *args: step.update(*args, task=task, tx=tx), shapes, batches, rows)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Returns a chip's bfloat16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
-    return PEAK_FLOPS.get(device.device_kind)

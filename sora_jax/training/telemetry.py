@@ -19,8 +19,8 @@ import rich.progress
 from etils import epath
 
 from sora_jax.files import write_whole
+from sora_jax.training.chips import peak_flops
 from sora_jax.training.event_file import EventFile
-from sora_jax.training.flops import peak_flops
 from sora_jax.training.task import Task
 
 # Of the figures of an interval, those that stand in the progress line, and how.
@@ -99,7 +99,7 @@ def interval_figures(
         "wait_share": waited / seconds,
     }
     figures |= task.rates(totals, seconds, count * task.config.optimizer.accumulation_steps) | task.scores(totals)
-    if "model_flops_per_second" in figures and (peak := peak_flops(devices[0])):
+    if "model_flops_per_second" in figures and (peak := peak_flops(devices)):
         figures["mfu"] = figures["model_flops_per_second"] / (peak * len(devices))
     return figures
 

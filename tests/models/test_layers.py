@@ -35,7 +35,7 @@ def test_a_large_mean_does_not_cancel_in_a_group_norm():
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_norms_of_what_does_not_vary_are_finite_and_so_are_their_gradients(value):
     x = jnp.full((2, 4, 4, 8), value)
-    norms = [layer_norm(name="n", eps=1e-6, affine=True), rms_norm(name="n", eps=1e-6),
+    norms = [layer_norm(name="n", eps=1e-6, affine=True), rms_norm(name="n", axis="width", eps=1e-6),
              group_norm(name="n", num_groups=2, eps=1e-6)]  # fmt: skip
     for norm in norms:
         params = norm.init(jax.random.key(0), x)

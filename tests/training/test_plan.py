@@ -6,12 +6,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+import tiny_recognition
 
 from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig
 from sora_jax.configs import load_config
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import SORA_SIZES, ModelConfig
+from sora_jax.parallel import rules
+from sora_jax.parallel.attention import DENSE_KEYS, attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.runs import plan
 
@@ -38,6 +42,10 @@ def small_config(**model):
     )
 
 
+def with_attention(config, name):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+
+
 def run_script(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
@@ -52,10 +60,11 @@ def test_collectives_are_counted_once_each():
     }
 
 
-def test_auto_attention_is_that_of_a_tpu_whatever_this_machine_is():
+@pytest.mark.parametrize("config", [small_config(), tiny_recognition.NAVIT], ids=["sora", "navit"])
+def test_auto_attention_is_that_of_a_tpu_whatever_this_machine_is(config):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     texts = {
-        name: plan.lower_step(small_config(attention=name), mesh).as_text() for name in ("auto", "xla", "blockwise")
+        name: plan.lower_step(with_attention(config, name), mesh).as_text() for name in ("auto", "xla", "blockwise")
     }
     assert texts["auto"] == texts["xla"] != texts["blockwise"]
 
@@ -105,6 +114,43 @@ class TestWithCompiler:
         # Parameters, their average and two moments, float32, an eighth on each chip; little else is an argument.
         assert result.aliased_bytes < result.argument_bytes < 1.2 * result.aliased_bytes
 
+    @pytest.mark.parametrize(("topology", "kind", "gib"), [("v4:2x2x1", "TPU v4", 16), ("tpu7x:2x2x1", "TPU7x", 96)])
+    def test_half_a_chip_has_half_its_memory(self, topology, kind, gib):
+        result = plan.plan_step(small_config(), topology)
+        assert (result.num_devices, result.device_kind, result.hbm_bytes) == (8, kind, gib * 2**30)
+        assert 0 < result.total_bytes < result.hbm_bytes
+
+    @pytest.mark.parametrize(
+        ("name", "batch_size"), [("dit_xl_2", 256), ("navit_stills", 16), ("navit_captions", 16), ("vit_b_16", 64)]
+    )
+    def test_splash_compiles_for_every_family(self, name, batch_size):
+        config = with_attention(load_config(name), "splash")
+        model = dataclasses.replace(config.model, depth=1)
+        data = dataclasses.replace(config.data, batch_size=batch_size)
+        result = plan.plan_step(dataclasses.replace(config, model=model, data=data), "v5e:4x4")
+        # A forward kernel and two backward ones.
+        assert result.num_devices == 16 and result.num_pallas_calls >= 3
+
+    def test_auto_is_splash_where_rows_are_long(self):
+        mesh = make_mesh(MeshConfig(), plan.topology_devices("v5e:2x4"))
+        for length, kernels in ((DENSE_KEYS, False), (DENSE_KEYS + 1, True)):
+            config = small_config()
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+            assert ("tpu_custom_call" in plan.lower_step(config, mesh).as_text()) == kernels
+
+    def test_splash_compiles_causal_and_with_its_logsumexp(self):
+        mesh = make_mesh(MeshConfig(), plan.topology_devices("v5e:2x4"))
+        rows = rules.batch_sharding(mesh)
+        q = jax.ShapeDtypeStruct((8, 300, 2, 72), jnp.bfloat16, sharding=rows)
+        ids = jax.ShapeDtypeStruct((8, 300), jnp.int32, sharding=rows)
+
+        def loss(q, ids):
+            out, total = attention_for("splash", mesh)(q, q, q, ids, ids, causal=True, with_logsumexp=True)
+            return out.astype(jnp.float32).sum() + total.sum()
+
+        program = jax.jit(jax.grad(loss)).lower(q, ids).compile().as_text()
+        assert program.count('custom_call_target="tpu_custom_call"') == 3
+
     @pytest.mark.parametrize("head_dim", [32, 72, 96, 128])
     def test_splash_compiles_for_any_head_and_length(self, head_dim):
         model = dataclasses.asdict(ModelConfig(width=2 * head_dim, num_heads=2, depth=1, mlp_dim=64))
@@ -131,7 +177,7 @@ class TestWithCompiler:
         assert figures["collectives"]["all-reduce"] > 0
         total = sum(figures[f"{part}_bytes"] for part in ("argument", "output", "temporary", "code"))
         assert figures["total_bytes"] == total - figures["aliased_bytes"]
-        assert "memory per chip" in result.stdout
+        assert "memory per device" in result.stdout
 
     def test_the_script_names_an_unknown_topology(self):
         result = run_script("sora_nano", "--topology", "v99:2x2")

@@ -26,6 +26,7 @@ from sora_jax.evaluation.views import multi_view_logits
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.files import check_writable, write_whole
 from sora_jax.models.vivit import ViViT
+from sora_jax.parallel.attention import attention_for
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.runs.recognition import at_side, check_source, read_recognition_model, score
 from sora_jax.training.run_directory import read_config
@@ -137,7 +138,8 @@ def multi_view_score(config: ClassificationConfig, params: PyTree, options: Clas
     model, data = config.model, config.data
     source = open_source(data.path, options.split)
     meta = source.metadata
-    network = jax.jit(lambda params, clips: ViViT(model).apply({"params": params}, clips))
+    vivit = ViViT(model, attention_for("auto", packed=False))
+    network = jax.jit(lambda params, clips: vivit.apply({"params": params}, clips))
     params = jax.device_put(params)
     labels, guesses, left_out = [], [], 0
     height, width = model.image_size
