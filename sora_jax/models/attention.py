@@ -16,7 +16,7 @@ is built for a mesh in `sora_jax.parallel`, where one function chooses among the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
