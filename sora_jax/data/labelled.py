@@ -10,13 +10,12 @@ import numpy as np
 
 from sora_jax.config import PackedDataConfig, PatchConfig, check, check_range
 from sora_jax.data.augment import part_of_aspect_kept, part_of_size
-from sora_jax.data.transforms import TOO_LARGE, Sample, augmented, fit_size, sample_size
+from sora_jax.data.transforms import TOO_LARGE, TOO_SMALL, Sample, augmented, fit_size, sample_size
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import TokenDrop, kept_tokens
 
 NO_LABEL = "its data set gives it no label"
 OTHER_SIZE = "of another size than data.sampling.size; data.crop center or random takes a window of larger ones"
-TOO_SMALL = "smaller than a patch"
 TOO_SHORT = "shorter than data.min_seconds, or than data.num_frames at data.fps and the highest of data.speeds"
 
 

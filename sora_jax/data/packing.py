@@ -23,7 +23,7 @@ from sora_jax.config import PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionStates
 from sora_jax.data.content import Content
 from sora_jax.data.labelled import LabelledDataConfig, draw_labelled_sample
-from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, select_clips
+from sora_jax.data.transforms import Sample, draw_sample, select_clips
 from sora_jax.patches.levels import TABLES, num_levels, segment_levels
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
@@ -132,7 +132,7 @@ class Shard(Iterator[PackedBatch]):
         if isinstance(data, LabelledDataConfig):
             sample = draw_labelled_sample(rng, *clip_of, int(m.labels[clip]), data, self._patch, resizable)
         else:
-            sample = draw_sample(rng, *clip_of, data, self._patch, resizable) or TOO_LARGE
+            sample = draw_sample(rng, *clip_of, data, self._patch, resizable)
         if isinstance(sample, str):
             return self._leave_out(clip, sample)
         needs = {"patches": np.zeros(sample.num_tokens(self._patch), np.uint8), "sample": sample.to_row()[None]}

@@ -18,6 +18,7 @@ from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import truncated_normal
 
 TOO_LARGE = "more patches than a row of data.row_length has"
+TOO_SMALL = "smaller than a patch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def draw_sample(
     data: DataConfig,
     patch: PatchConfig,
     resizable: bool = True,
-) -> Sample | None:
+) -> Sample | str:
     """Draws what is taken of a clip, as `data` says.
 
     Args:
@@ -151,7 +152,7 @@ def draw_sample(
             fewer frames where it would not fit a row.
 
     Returns:
-        The sample, or None where it does not fit a row and `data.oversize` is `skip` (or nothing smaller fits).
+        The sample; or why there is none: it does not fit a row and `data.oversize` is `skip`, or nothing smaller fits.
     """
     still, frames, rate, side, start, dropped, table = rng.random(7)
     fps = min(_log_uniform(rate, *data.fps), clip_fps)
@@ -162,19 +163,19 @@ def draw_sample(
         num_frames = min(round(_log_uniform(frames, *data.num_frames)), most)
     box = part_of_aspect_kept(rng, height, width, data, patch, resizable)
     if box is None:
-        return None
+        return TOO_SMALL
     height, width = (box.height, box.width) if box.height else (height, width)
     long_side = _log_uniform(side, *data.long_side)
     size = fit_size(height, width, long_side, patch, num_frames, budget=2**31) if resizable else (height, width)
     reduced = num_tokens(num_frames, *size, patch.size) > data.row_length
     if reduced and data.oversize != "resize":
-        return None
+        return TOO_LARGE
     if reduced and resizable:
         size = fit_size(height, width, long_side, patch, num_frames, data.row_length)
     elif reduced:
         num_frames = data.row_length // num_tokens(1, *size, patch.size) * patch.size[0]
     if size is None or not num_frames:
-        return None
+        return TOO_LARGE
     last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
     bounds = 1 - data.known_first_share - data.free_frames_share, 1 - data.free_frames_share
     sample = Sample(

@@ -39,7 +39,7 @@ from sora_jax.runs.run import Report
 from sora_jax.runs.trainer import Trainer
 from sora_jax.training import streams
 from sora_jax.training.flops import step_flops
-from sora_jax.training.run_directory import read_keys
+from sora_jax.training.run_directory import place_of, read_keys
 from sora_jax.training.state import abstract_params
 
 SCORED_ROWS = 16  # at a time
@@ -74,7 +74,7 @@ class RecognitionRun:
         if not self.config.data.eval_splits:
             asked = ", ".join(config.data.eval_splits) or "nothing"
             raise ValueError(
-                f"data.eval_splits must name a split to score, got {asked}, which {config.data.path} lacks."
+                f"data.eval_splits must name a split to score, got {asked}, which {place_of(config.data)} lacks."
             )
         self.headline = make_task(config).headline
         self._workdir, self._console = workdir, console

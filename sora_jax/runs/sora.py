@@ -11,7 +11,7 @@ import rich.console
 from etils import epath
 
 from sora_jax.array_types import PyTree
-from sora_jax.data.content import check_content, open_data
+from sora_jax.data.content import RGB, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.families.load import load_model
 from sora_jax.families.sora import SoraConfig
@@ -29,7 +29,7 @@ class SoraRun:
     Attributes:
         config: without the held-out splits that the data set lacks.
         data_fingerprints: returns digests of the splits that are read.
-        sample_sheet: draws the prompts of `config.sample`.
+        sample_sheet: draws the prompts of `config.sample`; None for a model of latents.
 
     Raises:
         ValueError: no data set at `config.data.path`, or one of other channels than the model's patches.
@@ -38,7 +38,9 @@ class SoraRun:
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         self.config = packed.without_missing_splits(config, console)
         check_content(open_data(self.config.data), self.config.data, config.patch)
-        self.sample_sheet = SampleSheet(self.config)
+        self.sample_sheet = SampleSheet(self.config) if config.patch.channels == RGB else None
+        if self.sample_sheet is None and config.sample_every:
+            console.print("no sample sheets: they are of pixels, and this model makes latents", highlight=False)
         # The captions are encoded once all else has been checked.
         data = self.config.data
         splits = (data.split, *(data.eval_splits if config.eval_every else ()))

@@ -3,7 +3,7 @@ import pytest
 import scipy.stats
 
 from sora_jax.config import DataConfig, PatchConfig
-from sora_jax.data.transforms import Sample, draw_sample, fit_size, sample_size, select_clips
+from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, fit_size, sample_size, select_clips
 from sora_jax.patches.patchify import num_tokens
 
 PATCH = PatchConfig(size=(2, 8, 8))
@@ -52,7 +52,7 @@ def test_a_sample_above_the_budget_is_made_smaller_or_left_out():
     assert fit_size(96, 96, 96, PATCH, 24, 1024) == (72, 72)  # 12 * 9 * 9 = 972
     assert fit_size(96, 96, 96, PATCH, 24, 11) is None
     long = DataConfig(num_frames=(24, 24), long_side=(96, 96), fps=(6, 6), still_share=0, oversize="skip")
-    assert draw(0, long, frames=96, height=96, width=96) is None
+    assert draw(0, long, frames=96, height=96, width=96) == TOO_LARGE
 
 
 def test_frames_are_those_shown_at_each_moment():

@@ -5,10 +5,12 @@ import pytest
 import rich.console
 
 from sora_jax.commands import train
+from sora_jax.config import MixturePart
 from sora_jax.families.sora import SoraConfig
 from sora_jax.runs.packed import without_missing_splits
 
 ROOT = pathlib.Path(__file__).parents[2]
+CLIPS = str(ROOT / "tests" / "fixtures" / "clip_folder")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,8 @@ def script():
         (["nothing_like_it", "--dry-run"], "no config 'nothing_like_it': give one of"),
         (["--dry-run"], "CONFIG comes first"),
         (["sora_nano"], "--data.path is needed"),
+        (["sora_nano", "--data.mixture", "data/clips"], "--data.mixture"),
+        (["sora_nano", "--data.path", "a", "--data.mixture", "b=1"], "mixture must be () where path names one"),
         (["sora_nano", "--workdir", "runs/x"], "--data.path is needed"),
         (["sora_nano", "--dry-run", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),
     ],
@@ -46,7 +50,11 @@ def test_unusable_command_lines(script, capsys, tmp_path, monkeypatch, arguments
     ("arguments", "message"),
     [
         (["--data.path", "no/such/data"], "'no/such/data' holds no prepared TFDS data set"),
-        (["--data.path", "no/such/data", "--patch.channels", "16"], "patch.channels must be the 3 of RGB pixels"),
+        (
+            ["--data.path", CLIPS, "--data.eval-splits", "unseen", "--patch.channels", "16"],
+            "patch.channels must be the 3 of the RGB pixels in",
+        ),
+        (["--data.mixture", f"{CLIPS}=1", "no/such/data=2"], "'no/such/data' holds no prepared TFDS data set"),
         (["--dry-run", "--mesh.fsdp", "3", "--data.batch-size", "6"], "cannot be split evenly"),
         (["--dry-run", "--mesh.fsdp", "8"], "data.batch_size must be a multiple of the 8 devices"),
     ],
@@ -58,6 +66,12 @@ def test_what_cannot_work_leaves_nothing_behind(script, capsys, tmp_path, monkey
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_is_paths_and_weights(script):
+    parts = script.parse(["sora_nano", "--data.mixture", "a/b=3", "odd=name=0.5"]).config.data.mixture
+    assert parts == (MixturePart("a/b", 3.0), MixturePart("odd=name", 0.5))
+    assert script.parse(["sora_nano", "--data.path", "a"]).config.data.mixture == ()
 
 
 def test_every_config_that_comes_along_is_one(script):

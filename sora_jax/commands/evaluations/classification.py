@@ -109,9 +109,10 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
         if options.fps is not None:
             raise ValueError(f"fps is for converted weights: a run has its own, got {options.fps}.")
         config = read_config(directory, ClassificationConfig)
-        if not (options.data or config.data.path):
+        if not (options.data or config.data.path or config.data.mixture):
             raise ValueError("data is needed, the directory of a prepared data set: an exported model names none.")
-        data = dataclasses.replace(config.data, **shared, path=options.data or config.data.path)
+        there = dict(path=options.data, mixture=(), max_clips=None) if options.data else {}
+        data = dataclasses.replace(config.data, **shared, **there)
         return dataclasses.replace(config, data=data), params
     if options.data is None:
         raise ValueError("data is needed, the directory of a prepared data set: converted weights name none.")
