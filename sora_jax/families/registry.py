@@ -61,6 +61,16 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+# What draws sets of images of a model, by the dataclass of its config: of runs and of converted weights.
+SAMPLED: dict[str, str] = {
+    "SoraConfig": "sora_jax.generation.sets:TextSet",
+    "ClassConditionalConfig": "sora_jax.generation.sets:ClassSet",
+    "DiTConfig": "sora_jax.generation.sets:ClassSet",
+    "DiffusionConfig": "sora_jax.generation.sets:diffusion_set",
+    "UNetConfig": "sora_jax.generation.sets:ddpm_set",
+}
+
+
 def load(name: str) -> Any:
     """Imports what `module:name` stands for."""
     module, _, attribute = name.partition(":")
