@@ -40,7 +40,7 @@ _F, _R = "sora_jax.families", "sora_jax.runs"
 FAMILIES: dict[str, Family] = {
     "sora": Family(
         f"{_F}.sora:SoraConfig", f"{_F}.sora:SoraTask", f"{_R}.sora:SoraRun",
-        "a Sora", "generate.py --prompt and evaluate.py nearest take it",
+        "a Sora", "generate.py --prompt, evaluate.py nearest and sample take it",
     ),
     "dit": Family(
         f"{_F}.dit:ClassConditionalConfig", f"{_F}.dit:ClassConditionalTask", f"{_R}.dit:DiTRun",
@@ -48,7 +48,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "diffusion": Family(
         f"{_F}.diffusion:DiffusionConfig", f"{_F}.diffusion:diffusion_task", f"{_R}.diffusion:DiffusionRun",
-        "a study of discrete diffusion", "train.py reports on it",
+        "a study of discrete diffusion", "train.py reports on it and evaluate.py sample takes it",
     ),
     "classification": Family(
         f"{_F}.recognition:ClassificationConfig", f"{_F}.recognition:ClassificationTask",
