@@ -2,8 +2,7 @@
 
 (1)  f = f_null + scale (f_text - f_null)                                      arXiv:2207.12598, Eq. 6, scale = 1 + w
 (2)  f = f_text where time lies outside an interval                            arXiv:2404.07724, Eq. 6
-(3)  f' = share std(f_text) / std(f) f + (1 - share) f                         arXiv:2305.08891, Eq. 15-16
-(4)  p~(x_s | x_t) ~ p(x_s | x_t) r(x_s):  mean~ = mean + variance d log r / d x
+(3)  p~(x_s | x_t) ~ p(x_s | x_t) r(x_s):  mean~ = mean + variance d log r / d x
                                                                     arXiv:1503.03585, section 2.5, Eq. 15-20
 
 (1) and (2) may be applied to any prediction, since these are linear in each other at a given x.
@@ -59,43 +58,9 @@ def limited_interval(guided: Network, conditional: Network, low: float, high: fl
     return network
 
 
-def sample_std(x: Array) -> Array:
-    """Returns the standard deviation of each sample of a batch, over all axes but the first, which stay as ones."""
-    return root(x.var(axis=tuple(range(1, x.ndim)), keepdims=True))
-
-
-def rescaled(
-    guided: Network, conditional: Network, share: float, std: Callable[[Array], Array] = sample_std
-) -> Network:
-    """Returns the guided network brought back to the conditional one's contrast (equation 3).
-
-    A prediction without contrast has none to be brought back: it stays as it is.
-
-    Args:
-        guided: by a large scale.
-        conditional: without guidance.
-        share: in [0, 1]; 0 changes nothing, the paper takes 0.7.
-        std: of a prediction, broadcast against it. Rows that hold several clips need one that is taken over segments.
-
-    Raises:
-        ValueError: a share outside [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be between 0 and 1, got {share}.")
-
-    def network(x: Array, time: Array) -> Array:
-        output = guided(x, time)
-        contrast = std(output)
-        varies = contrast > 0
-        factor = jnp.where(varies, std(conditional(x, time)) / jnp.where(varies, contrast, 1), 1)
-        return output * (share * factor + 1 - share)
-
-    return network
-
-
 @dataclasses.dataclass(frozen=True)
 class Multiplied:
-    """The reverse chain of p(x) r(x), for a chain that samples p(x) (equation 4): posteriors without retraining.
+    """The reverse chain of p(x) r(x), for a chain that samples p(x) (equation 3): posteriors without retraining.
 
     Noise is that of the posterior (`small`). r is evaluated at each noise level as if x were clean, as in the paper.
 

@@ -8,8 +8,7 @@ Discrete diffusion counts steps from 0 (the least noisy) to T - 1; flow time run
 (4)  beta_t = 1 / (T - t), t = 0 ... T - 1                                           arXiv:1503.03585, section 2.4.1
 (5)  sqrt(alpha_bar)' = (sqrt(alpha_bar_t) - last) first / (first - last)            arXiv:2305.08891, Algorithm 1
 (6)  t' = shift t / (1 + (shift - 1) t)                                              arXiv:2403.03206, Eq. 23
-(7)  p(t) ~ sqrt(E[L_t^2])                                                           arXiv:2102.09672, section 3.3
-(8)  alpha_bar_t = sigmoid(l_t),  l_t = log SNR_t falling evenly from l_0 to l_{T-1}     arXiv:2107.00630, section 3.2
+(7)  alpha_bar_t = sigmoid(l_t),  l_t = log SNR_t falling evenly from l_0 to l_{T-1}     arXiv:2107.00630, section 3.2
 
 Tables are float64 NumPy arrays, computed once; what enters a compiled function is made from them in float32.
 """
@@ -19,7 +18,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +83,7 @@ def harmonic_betas(num_steps: int) -> Float[np.ndarray, " steps"]:
 
 
 def log_snr_betas(num_steps: int, first: float, last: float) -> Float[np.ndarray, " steps"]:
-    """Returns the betas of equation 8: from one step to the next the SNR falls by the same factor.
+    """Returns the betas of equation 7: from one step to the next the SNR falls by the same factor.
 
     Structure of every size between the two ends then gets its share of the steps. VDM learns the curve; here it is
     the straight line.
@@ -244,60 +242,6 @@ def logit_normal_times(key: jax.Array, shape: tuple[int, ...], mean: float, std:
     A positive `mean` is noisier.
     """
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
-
-
-class LossHistory(NamedTuple):
-    """The last losses of each step of a discrete process, from which equation 7 samples steps.
-
-    Attributes:
-        losses: (T, n) float32, the last n of each step.
-        counts: (T,) int32, how many of each have been seen, at most n.
-    """
-
-    losses: Float[Array, "steps history"]
-    counts: Int[Array, " steps"]
-
-
-def empty_history(num_steps: int, length: int = 10) -> LossHistory:
-    """Returns a history in which nothing has been seen (arXiv:2102.09672 keeps 10)."""
-    _check_num_steps(num_steps)
-    return LossHistory(jnp.zeros((num_steps, length)), jnp.zeros(num_steps, jnp.int32))
-
-
-def step_probabilities(history: LossHistory, uniform_share: float = 0.001) -> Float[Array, " steps"]:
-    """Returns p(t) by equation 7; uniform until every step's history is full.
-
-    Args:
-        history: of the losses.
-        uniform_share: of the probability is spread over all steps, so that none is ever out of reach.
-    """
-    num_steps, length = history.losses.shape
-    weights = jnp.sqrt(jnp.square(history.losses).mean(axis=1))
-    p = (1 - uniform_share) * weights / jnp.maximum(weights.sum(), 1e-30) + uniform_share / num_steps
-    return jnp.where((history.counts == length).all(), p, 1 / num_steps)
-
-
-def draw_steps(key: jax.Array, history: LossHistory, count: int) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """Draws steps by importance.
-
-    Returns:
-        (count,) int32 steps, and the (count,) weights 1 / (T p(t)) that keep the expected loss what it is uniformly.
-    """
-    p = step_probabilities(history)
-    steps = jax.random.categorical(key, jnp.log(p), shape=(count,)).astype(jnp.int32)
-    return steps, 1 / (len(p) * p[steps])
-
-
-def remember(history: LossHistory, steps: Int[Array, " n"], losses: Float[Array, " n"]) -> LossHistory:
-    """Returns the history with the losses at some steps added, one after another, the oldest dropped."""
-
-    def add(history: LossHistory, pair: tuple[Array, Array]) -> tuple[LossHistory, None]:
-        step, loss = pair
-        row = jnp.roll(history.losses[step], -1).at[-1].set(loss)
-        counts = jnp.minimum(history.counts.at[step].add(1), history.losses.shape[1])
-        return LossHistory(history.losses.at[step].set(row), counts), None
-
-    return jax.lax.scan(add, history, (steps, losses))[0]
 
 
 def _check_num_steps(num_steps: int) -> None:

@@ -41,7 +41,7 @@ _F, _R = "sora_jax.families", "sora_jax.runs"
 FAMILIES: dict[str, Family] = {
     "sora": Family(
         f"{_F}.sora:SoraConfig", f"{_F}.sora:SoraTask", f"{_R}.sora:SoraRun",
-        "a Sora", "generate.py --prompt and evaluate.py nearest take it",
+        "a Sora", "generate.py --prompt, evaluate.py nearest and sample take it",
     ),
     "dit": Family(
         f"{_F}.dit:ClassConditionalConfig", f"{_F}.dit:ClassConditionalTask", f"{_R}.dit:DiTRun",
@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "diffusion": Family(
         f"{_F}.diffusion:DiffusionConfig", f"{_F}.diffusion:diffusion_task", f"{_R}.diffusion:DiffusionRun",
-        "a study of discrete diffusion", "train.py reports on it",
+        "a study of discrete diffusion", "train.py reports on it and evaluate.py sample takes it",
     ),
     "classification": Family(
         f"{_F}.recognition:ClassificationConfig", f"{_F}.recognition:ClassificationTask",
@@ -60,6 +60,16 @@ FAMILIES: dict[str, Family] = {
         f"{_R}.recognition:RecognitionRun", "a contrastive NaViT", "train.py --init-from takes it",
     ),
 }  # fmt: skip
+
+
+# What draws sets of images of a model, by the dataclass of its config: of runs and of converted weights.
+SAMPLED: dict[str, str] = {
+    "SoraConfig": "sora_jax.generation.sets:TextSet",
+    "ClassConditionalConfig": "sora_jax.generation.sets:ClassSet",
+    "DiTConfig": "sora_jax.generation.sets:ClassSet",
+    "DiffusionConfig": "sora_jax.generation.sets:diffusion_set",
+    "UNetConfig": "sora_jax.generation.sets:ddpm_set",
+}
 
 
 def load(name: str) -> Any:

@@ -27,15 +27,21 @@ class Kind(NamedTuple):
 _CLASSIFIER = "evaluate.py classify and train.py --init-from take it"
 _DIT = "generate.py --class-labels and evaluate.py sample take it"
 KINDS = (
-    Kind("SoraConfig", "flow", True, "a Sora", "generate.py --prompt and evaluate.py nearest take it"),
+    Kind("SoraConfig", "flow", True, "a Sora", "generate.py --prompt, evaluate.py nearest and sample take it"),
     Kind("ClassConditionalConfig", "class_dropout", True, "a DiT that was trained here", _DIT),
     Kind("ContrastiveConfig", "embedding_dim", True, "a contrastive NaViT", "train.py --init-from takes it"),
     Kind("ClassificationConfig", "objective", True, "a classifier (ViT, ViViT or NaViT)", _CLASSIFIER),
-    Kind("DiffusionConfig", "num_held_out", True, "a study of discrete diffusion", "train.py reports on it"),
+    Kind(
+        "DiffusionConfig",
+        "num_held_out",
+        True,
+        "a study of discrete diffusion",
+        "train.py reports on it and evaluate.py sample takes it",
+    ),
     Kind("ViViTConfig", "tubelet_size", False, "a converted ViViT", _CLASSIFIER),
     Kind("ViTConfig", "representation_dim", False, "a converted ViT", _CLASSIFIER),
     Kind("DiTConfig", "conditioning", False, "a converted DiT", _DIT),
-    Kind("UNetConfig", "multipliers", False, "a converted U-Net", "load_unet reads it"),
+    Kind("UNetConfig", "multipliers", False, "a converted U-Net", "evaluate.py sample takes it"),
     Kind("ImageVAEConfig", "scaling_factor", False, "an image autoencoder", "--vae takes it"),
     Kind("MiniLMConfig", "max_positions", False, "a text encoder", "load_text_encoder reads it"),
 )

@@ -9,7 +9,7 @@ import pytest
 from analytic import COVARIANCE, MEAN, gaussian_denoiser
 
 from sora_jax.diffusion.gaussian import discrete_levels, flow_levels
-from sora_jax.diffusion.guidance import Multiplied, classifier_free, inpainting, limited_interval, rescaled
+from sora_jax.diffusion.guidance import Multiplied, classifier_free, inpainting, limited_interval
 from sora_jax.diffusion.samplers import SAMPLERS, sample_chunk, start
 from sora_jax.diffusion.schedules import cosine_betas, flow_times
 
@@ -27,8 +27,8 @@ def test_classifier_free_by_eye():
     assert classifier_free(up, null, 1.0)(jnp.array(10.0), jnp.array(0.0)) == 13.0
 
 
-def test_only_the_first_channels_are_guided():
-    network = classifier_free(up, null, 2.5, channels=2)
+def test_only_some_values_are_guided():
+    network = classifier_free(up, null, 2.5, values=jnp.arange(4) < 2)
     np.testing.assert_allclose(network(jnp.full((2, 4), 10.0), 0.0), [[16, 16, 13, 13]] * 2)
 
 
@@ -38,23 +38,6 @@ def test_guidance_only_within_its_interval():
     np.testing.assert_allclose(network(jnp.zeros((4, 2)), times), [[3, 3], [6, 6], [6, 6], [3, 3]])
     with pytest.raises(ValueError, match=r"low <= high, got \(1.0, 0.0\)"):
         limited_interval(up, null, 1.0, 0.0)
-
-
-def test_rescaling_restores_the_contrast():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5)))
-
-    def wide(x, t):
-        return 3 * x + 1
-
-    def plain(x, t):
-        return x
-
-    np.testing.assert_allclose(rescaled(wide, plain, 1.0)(x, 0.0).std(axis=1), x.std(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(rescaled(wide, plain, 0.0)(x, 0.0), 3 * x + 1, rtol=1e-6)
-    # 0.7 of the way from a standard deviation of 3 to one of 1.
-    np.testing.assert_allclose(rescaled(wide, plain, 0.7)(x, 0.0), (3 * x + 1) * (0.7 / 3 + 0.3), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"share must be between 0 and 1, got 2\.0"):
-        rescaled(wide, plain, 2.0)
 
 
 def samples(denoise, sampler, levels, count=20_000):

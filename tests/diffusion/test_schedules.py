@@ -134,27 +134,6 @@ def test_times_follow_their_laws():
     assert scipy.stats.kstest(times, scipy.stats.uniform().cdf).pvalue > 0.01
 
 
-def test_loss_aware_steps_are_uniform_until_known_and_then_follow_the_losses():
-    history = schedules.empty_history(4, length=2)
-    np.testing.assert_allclose(schedules.step_probabilities(history), 0.25)
-    for losses in ([9.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0], [4.0, 2.0, 2.0, 4.0]):
-        history = schedules.remember(history, jnp.arange(4), jnp.array(losses))
-    # The last two of each: (0, 4), (1, 2), (2, 2), (3, 4); the 9 is forgotten.
-    rms = np.sqrt([8, 2.5, 4, 12.5])
-    expected = 0.999 * rms / rms.sum() + 0.001 / 4
-    np.testing.assert_allclose(schedules.step_probabilities(history), expected, rtol=1e-6)
-    steps, weights = schedules.draw_steps(jax.random.key(0), history, 20_000)
-    np.testing.assert_allclose(np.bincount(steps, minlength=4) / 20_000, expected, atol=0.015)
-    # The weighted mean of any function of the step is its uniform mean.
-    assert float((weights * steps.astype(jnp.float32) ** 2).mean()) == pytest.approx(14 / 4, rel=0.03)
-
-
-def test_a_step_seen_twice_in_a_batch_is_remembered_twice():
-    history = schedules.remember(schedules.empty_history(2, 3), jnp.array([1, 1]), jnp.array([5.0, 6.0]))
-    np.testing.assert_allclose(history.losses, [[0, 0, 0], [0, 5, 6]])
-    assert history.counts.tolist() == [0, 2]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -266,8 +266,7 @@ class Circle:
 
     config = CONFIG
 
-    def sample(self, requests, times, scale, sampler, progress):
-        steps = len(times) - 1
+    def clips(self, requests, names, steps, sampler, progress):
         progress(0, steps)
         progress(steps, steps)
         return [np.full((2, 4, 4, 3), (1 if sampler == "euler" else steps**-1) / steps) for _ in requests]

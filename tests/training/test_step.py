@@ -86,6 +86,7 @@ def test_patches_are_noised_to_the_levels_of_their_columns():
 
 
 ROLES = np.array([[ASKED, KNOWN, FREE, FREE, ASKED, FREE, FREE, FREE, 0]])
+KEY = jax.random.key(0)
 OWNERS = np.array([[1, 1, 2, 2, 3, 4, 4, 4, 0]])
 
 
@@ -94,8 +95,9 @@ def test_columns_are_drawn_by_their_roles(free_times):
     """4,000 rows: each column's own distribution, and which of them move together."""
     config = tiny_run.config(flow={"free_times": free_times, "known_noise": 0.1, "time_mean": -0.5, "time_std": 0.8})
     tables = {"level_segments": OWNERS, "level_roles": ROLES, "clip_ids": np.zeros((1, 4), int)}
+    tables["segment_ids"] = np.ones((1, 4), int)
     batch = PackedBatch(*[None] * 12)._replace(**{name: np.repeat(a, 4000, axis=0) for name, a in tables.items()})
-    drawn = np.asarray(draw_levels(jax.random.key(0), jnp.arange(4000), batch, config), np.float64)
+    drawn = np.asarray(draw_levels(KEY, jnp.arange(4000), batch, config), np.float64)
     logits = np.log(drawn) - np.log1p(-drawn)
     asked = ROLES[0, :8] == ASKED
     np.testing.assert_allclose(logits[:, :8][:, asked].mean(axis=0), -0.5, atol=0.06)
@@ -113,10 +115,16 @@ def test_columns_are_drawn_by_their_roles(free_times):
         np.testing.assert_allclose(logits[:, 2].mean(), -0.5 - 0.8 / np.sqrt(np.pi), atol=0.05)
         others = np.delete(np.delete(correlation, [2, 3, 5, 6, 7], 0), [2, 3, 5, 6, 7], 1)
         assert np.abs(others).max() < 0.06 and np.abs(correlation[2:4, 5:8]).max() < 0.06
+    # A clip of 3 x 12 tokens where 12 are the base: the odds of noise grow by sqrt(3); what is known is not shifted.
+    shifted = tiny_run.config(flow=vars(config.flow) | {"base_tokens": 12})
+    longer = batch._replace(segment_ids=np.full((4000, 36), 2))
+    odds = [np.asarray(d, np.float64) / (1 - d) for d in (draw_levels(KEY, jnp.arange(4000), longer, shifted), drawn)]
+    np.testing.assert_allclose(odds[0][:, 2:4], odds[1][:, 2:4] * np.sqrt(3), rtol=1e-4)
+    np.testing.assert_array_equal(draw_levels(KEY, jnp.arange(4000), longer, shifted)[:, 1], drawn[:, 1])
     # What a row draws depends on its number alone; a known patch is clean by default.
     few = PackedBatch(*(None if a is None else a[:2] for a in batch))
-    np.testing.assert_array_equal(draw_levels(jax.random.key(0), jnp.array([7, 3]), few, config), drawn[[7, 3]])
-    clean = draw_levels(jax.random.key(0), jnp.arange(2), few, tiny_run.CONFIG)
+    np.testing.assert_array_equal(draw_levels(KEY, jnp.array([7, 3]), few, config), drawn[[7, 3]])
+    clean = draw_levels(KEY, jnp.arange(2), few, tiny_run.CONFIG)
     assert (clean[:, 1] == 0).all()
 
 

@@ -1,4 +1,4 @@
-"""Samples of a DiT by the thousand, drawn over all devices and resumed where they stopped; and their scores."""
+"""Samples of any family by the thousand, drawn over all devices and resumed where they stopped; and their scores."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ from sora_jax.evaluation.image_files import ImageFiles
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.evaluation.sample_store import SampleStore
 from sora_jax.files import check_writable, write_whole
-from sora_jax.generation.dit_pipeline import DiTPipeline
+from sora_jax.generation.sets import Chosen, SetOptions, open_set
 from sora_jax.generation.video_io import write_image
-from sora_jax.models.autoencoder.codec import ImageCodec
-from sora_jax.pixels import to_pixels
 from sora_jax.provenance import Environment, file_hash, params_hash
 
 SAMPLES_FILE, SHEET_FILE = "samples.npz", "sheet.png"
@@ -42,7 +40,8 @@ class DrawOptions:
     """What is drawn, but for steps and guidance.
 
     Attributes:
-        checkpoint: a run, an exported model, or what `convert_checkpoint.py dit` wrote.
+        checkpoint: a run or an exported model of a Sora, a DiT or discrete diffusion, or what `convert_checkpoint.py`
+            wrote of a DiT or of DDPM.
         output: directory; started again on the same one, it goes on where it stopped, with another `num_samples` or
             `batch_size` too.
         num_samples: images; the first of more are the same.
@@ -50,9 +49,11 @@ class DrawOptions:
         weights_of_run: which of a run's: the average (`ema`) or the last.
         labels_of: a prepared data set whose classes are asked for as often as its training split has them (default:
             all classes alike, drawn at random as in the official code).
-        sampler: `ancestral` is DDPM, with the variance that was learned.
-        guided_channels: guidance is of so many of the first channels, as in the official code; 0 for all.
-        size: height and width in pixels (default: what the model was trained on).
+        sampler: `ancestral` is DDPM, with the variance that was learned; by default a Sora takes `euler` and all else
+            `ancestral`.
+        prompts: of a Sora: sample i shows prompt i modulo their number (default: none).
+        guided_channels: of a DiT: guidance is of so many of the first channels, as in the official code; 0 for all.
+        size: height and width in pixels (default: what the model was trained on, which DDPM weights do not say).
         seed: of noise and labels.
         batch_size: images that are drawn at once, over all devices of a host. Those of another size differ by rounding
             alone, so by one level of a pixel at most and rarely; the manifest tells it.
@@ -65,7 +66,8 @@ class DrawOptions:
     vae: str | None = None
     weights_of_run: Literal["ema", "last"] = "ema"
     labels_of: str | None = None
-    sampler: Literal["ancestral", "euler", "heun", "dpm++", "dpm++sde", "unipc"] = "ancestral"
+    sampler: Literal["ancestral", "euler", "heun", "dpm++", "dpm++sde", "unipc"] | None = None
+    prompts: tuple[str, ...] = ("",)
     guided_channels: int = 3
     size: tuple[int, int] | None = None
     seed: int = 0
@@ -82,16 +84,17 @@ class DrawOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions(DrawOptions):
-    """Draws samples of a DiT: OUTPUT/samples.npz, which the community's evaluators take, its manifest and a sheet.
+    """Draws samples: OUTPUT/samples.npz, which the community's evaluators take, its manifest and a sheet.
 
     Attributes:
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        num_steps: of the sampler (default: DiT 250, Sora its sample settings, else all).
+        guidance_scale: of classifier-free guidance, where there is a condition; 1 is none (default: DiT 1.5, Sora its
+            sample settings).
         json: also write the manifest to this file.
     """
 
-    num_steps: int = 250
-    guidance_scale: float = 1.5
+    num_steps: int | None = None
+    guidance_scale: float | None = None
     json: Path | None = None
 
 
@@ -129,49 +132,52 @@ class Drawing:
 
     Raises:
         FileNotFoundError: no model, autoencoder or data set.
-        ValueError: one that does not fit; see `DiTPipeline.from_pretrained`.
+        ValueError: one that does not fit; see `sora_jax.generation.sets.open_set`.
     """
 
     def __init__(self, options: DrawOptions) -> None:
         self._options = options
-        self.sampler = DiTPipeline.from_pretrained(
-            options.checkpoint, options.vae, averaged=options.weights_of_run == "ema"
+        self.set = open_set(
+            options.checkpoint,
+            SetOptions(
+                seed=options.seed,
+                size=options.size,
+                vae=options.vae,
+                averaged=options.weights_of_run == "ema",
+                sampler=options.sampler,
+                guided_channels=options.guided_channels,
+                prompts=options.prompts,
+            ),
         )
-        self._size = self.sampler.image_size if options.size is None else options.size
-        self._cells = self.sampler.cells(self._size)
         self._source = None if options.labels_of is None else open_source(options.labels_of, "train")
-        self.labels = draw_labels(options, self.sampler.config.num_classes, self._source)
-        codec = self.sampler.codec
-        self._model_hash = params_hash(self.sampler.params)
-        self._vae_hash = params_hash(codec.params) if isinstance(codec, ImageCodec) else None
+        self.labels = draw_labels(options, self.set.num_classes, self._source)
+        self._model_hash = params_hash(self.set.params)
+        self._vae_hash = None if self.set.codec_params is None else params_hash(self.set.codec_params)
 
-    def manifest(self, num_steps: int, guidance_scale: float) -> SampleManifest:
+    def manifest(self, chosen: Chosen) -> SampleManifest:
         """Returns what the samples are made of."""
-        options, config = self._options, self.sampler.config
+        options = self._options
         of = self._source and file_hash(epath.Path(self._source.path) / "dataset_info.json")
-        choices = {
-            "labels": "uniform" if of is None else f"as often as in the data set {of}",
-            "guided_channels": options.guided_channels or "all",
-            "num_levels": self.sampler.num_levels,
-        }
+        labels = {"labels": "uniform" if of is None else f"as often as in the data set {of}"}
+        choices = (labels if self.set.num_classes else {}) | self.set.choices
         return SampleManifest(
-            model=f"DiT width {config.width} depth {config.depth} patch {config.patch_size}",
+            model=self.set.name,
             checkpoint=self._model_hash,
             ema=options.weights_of_run == "ema",
             vae=self._vae_hash,
-            sampler=options.sampler,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
+            sampler=self.set.sampler,
+            num_steps=chosen.num_steps,
+            guidance_scale=chosen.guidance_scale,
             options=", ".join(f"{name}: {value}" for name, value in choices.items()),
             seed=options.seed,
             num_samples=options.num_samples,
-            height=self._size[0],
-            width=self._size[1],
-            precision=config.dtype,
+            height=self.set.size[0],
+            width=self.set.size[1],
+            precision=self.set.precision,
             environment=Environment.here(),
         )
 
-    def fill(self, directory: epath.PathLike, num_steps: int, guidance_scale: float) -> epath.Path | None:
+    def fill(self, directory: epath.PathLike, num_steps: int | None, guidance_scale: float | None) -> epath.Path | None:
         """Draws the samples that a directory lacks, and puts all together.
 
         Returns:
@@ -179,17 +185,18 @@ class Drawing:
         """
         options = self._options
         # A shard is one call of the sampler: what is interrupted loses one batch.
-        manifest = self.manifest(num_steps, guidance_scale)
+        chosen = self.set.chosen(num_steps, guidance_scale)
+        manifest = self.manifest(chosen)
         store = SampleStore(directory, manifest, shard_size=options.batch_size)
         for name in store.damaged:
             print(f"{store.directory / name} is cut short: its samples are drawn again.")
         if (more := store.num_beyond) > 0:
             print(f"{store.directory} holds {more} samples more than --num-samples {manifest.num_samples}: left out.")
         missing = sum(map(len, store.missing()))
-        label = f"{num_steps} steps, guidance {guidance_scale:g}"
+        label = f"{chosen.num_steps} steps, guidance {chosen.guidance_scale:g}"
         with tqdm(desc=label, total=manifest.num_samples, initial=manifest.num_samples - missing, unit="image") as bar:
             store.fill(
-                self._drawn(num_steps, guidance_scale),
+                self._drawn(chosen),
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 progress=bar.update,
@@ -204,24 +211,13 @@ class Drawing:
         write_image(epath.Path(directory) / SHEET_FILE, sheet(store, self.labels), scale=1)
         return path
 
-    def _drawn(self, num_steps: int, guidance_scale: float) -> Callable[[Int[np.ndarray, " n"]], NumpyArray]:
+    def _drawn(self, chosen: Chosen) -> Callable[[Int[np.ndarray, " n"]], NumpyArray]:
         """Returns the function of indices that draws samples."""
-        options = self._options
 
         def draw(indices: Int[np.ndarray, " n"]) -> NumpyArray:
             # Always as many, so that the last part compiles nothing anew.
-            padded = np.pad(indices, (0, options.batch_size - len(indices)), mode="edge")
-            images = self.sampler(
-                self.labels[padded],
-                options.seed,
-                indices=padded,
-                image_size=self._cells,
-                sampler=options.sampler,
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
-                guided_channels=options.guided_channels or None,
-            )[: len(indices)]
-            return to_pixels(np.broadcast_to(images, (*images.shape[:-1], 3)))
+            padded = np.pad(indices, (0, self._options.batch_size - len(indices)), mode="edge")
+            return self.set.draw(padded, self.labels[padded], chosen)[: len(indices)]
 
         return draw
 
@@ -231,7 +227,7 @@ def draw_labels(options: DrawOptions, num_classes: int, source: ClipSource | Non
 
     Args:
         options: of the command.
-        num_classes: of the model.
+        num_classes: of the model; 0 for one without classes, whose labels are all 0.
         source: whose classes are asked for as often as it has them; None for all alike.
 
     Raises:
@@ -239,7 +235,7 @@ def draw_labels(options: DrawOptions, num_classes: int, source: ClipSource | Non
     """
     rng = np.random.default_rng((options.seed, LABELS_STREAM))
     if source is None:
-        return rng.integers(num_classes, size=options.num_samples)
+        return rng.integers(max(num_classes, 1), size=options.num_samples)
     if len(source.label_names) != num_classes:
         raise ValueError(
             f"--labels-of {options.labels_of} has {len(source.label_names)} classes and the model {num_classes}."
