@@ -18,10 +18,10 @@ import sys
 
 import tyro
 from benchmarks import data, dit, packing, samplers, waste
-from setups.host_memory import keep_freed_memory
-from setups.process import prepare_process
 
-from sora_jax.generation.video_io import check_writable, write_whole
+from sora_jax.commands.host_memory import keep_freed_memory
+from sora_jax.commands.process import prepare_process
+from sora_jax.files import check_writable, write_whole
 
 SUITES = {
     "packing": (packing.PackingOptions, packing.run),
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         suite = next(run for kind, run in SUITES.values() if isinstance(options, kind))
         figures = suite(options)
         if options.json is not None:
-            write_whole(options.json, (json.dumps(figures, indent=2) + "\n").encode())
+            write_whole(options.json, json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

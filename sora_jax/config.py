@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -49,50 +49,6 @@ class PatchConfig:
     def dim(self) -> int:
         """Values in a patch, P."""
         return math.prod(self.size) * self.channels
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Size and computation of a `SoraTransformer`; `sora_jax.models.sora.SORA_SIZES` names the usual ones.
-
-    Attributes:
-        width: size of a token inside the model.
-        depth: number of blocks.
-        num_heads: attention heads; `width / num_heads` must be an even number of at least 6.
-        mlp_dim: hidden size of the MLP.
-        text_dim: size of a caption token state (384 for MiniLM, 4096 for UMT5-XXL).
-        frequency_dim: size of the sinusoidal embedding of the noise level.
-        grid_embedding: adds an embedding of where a patch lies in its clip to its token. Rotary positions alone tell
-            tokens of pure noise apart by nothing but the noise; the Wan models do without and learn it at scale.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of every norm.
-        dtype: of the computation; parameters and softmax stay float32.
-        remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: name of a kernel (see `sora_jax.parallel.attention`).
-    """
-
-    width: int = 256
-    depth: int = 8
-    num_heads: int = 4
-    mlp_dim: int = 1024
-    text_dim: int = 384
-    frequency_dim: int = 256
-    grid_embedding: bool = True
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "xla", "blockwise", "splash"] = "auto"
-
-    def __post_init__(self) -> None:
-        for field in ("width", "depth", "num_heads", "mlp_dim", "text_dim"):
-            check(getattr(self, field) >= 1, self, field, "at least 1")
-        check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
-        head = self.width // self.num_heads
-        check(head % 2 == 0 and head >= 6, self, "num_heads", f"such that width {self.width} / num_heads is even, >= 6")
-        check(self.frequency_dim >= 2 and self.frequency_dim % 2 == 0, self, "frequency_dim", "even and at least 2")
-        check(self.rope_theta > 1, self, "rope_theta", "above 1")
-        check(self.norm_eps > 0, self, "norm_eps", "positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,100 +157,6 @@ class DataConfig(PackedDataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwissRollConfig(BatchConfig):
-    """Points of a noisy Swiss roll (`sora_jax.data.toy`), drawn afresh for each batch.
-
-    Attributes:
-        noise: standard deviation of the noise around the roll, where each coordinate has unit variance.
-    """
-
-    eval_splits: tuple[str, ...] = ("held_out",)
-    noise: float = 0.0025
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(1e-4 <= self.noise < 1, self, "noise", "at least 1e-4 and below 1")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an example."""
-        return (2,)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeartbeatConfig(BatchConfig):
-    """Binary heartbeats of 20 bins (`sora_jax.data.toy`), drawn afresh for each batch."""
-
-    eval_splits: tuple[str, ...] = ("held_out",)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an example."""
-        return (20,)
-
-
-@dataclasses.dataclass(frozen=True)
-class DeadLeavesConfig(BatchConfig):
-    """Images of the dead leaves model (`sora_jax.data.dead_leaves`), made once.
-
-    Attributes:
-        size: of the square images, in pixels.
-        radii: (smallest, largest) of the discs, in pixels.
-        pixel_noise: standard deviation of the noise of each pixel, where that of the image is 1.
-        num_images: that are trained on.
-        image_seed: of the images.
-    """
-
-    eval_splits: tuple[str, ...] = ("held_out",)
-    size: int = 16
-    radii: tuple[float, float] = (2.0, 16.0)
-    pixel_noise: float = 0.05
-    num_images: int = 20_000
-    image_seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.size >= 1, self, "size", "at least 1")
-        pixels = self.size**2
-        check(self.num_images > pixels, self, "num_images", f"more than an image's {pixels} pixels, for the Gaussian")
-        check(self.image_seed >= 0, self, "image_seed", "at least 0")
-        low, high = self.radii
-        check(0 < low < high < math.inf, self, "radii", "(smallest, largest), finite, with 0 < smallest < largest")
-        check(0 < self.pixel_noise < 1, self, "pixel_noise", "between 0 and 1")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an example."""
-        return (self.size, self.size, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class StillsConfig(BatchConfig):
-    """Small stills of a prepared data set, all in memory (`sora_jax.data.images`), 8-bit values as numbers in [-1, 1].
-
-    Attributes:
-        path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
-        size: of the square canvas that each still is centred on, in pixels.
-        channels: 1 for grey, 3 for RGB.
-    """
-
-    eval_splits: tuple[str, ...] = ("unseen",)
-    path: str = ""
-    size: int = 32
-    channels: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.size >= 1, self, "size", "at least 1")
-        check(self.channels in (1, 3), self, "channels", "1 or 3")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an example."""
-        return (self.size, self.size, self.channels)
-
-
-@dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """Rectified flow: what the network predicts and which times it is trained on.
 
@@ -374,35 +236,11 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """The sample sheet that training draws.
-
-    Attributes:
-        prompts: one clip each.
-        num_frames, height, width, fps: of the clips; the patch divides height and width.
-        num_steps: Euler steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
-    """
-
-    prompts: tuple[str, ...] = ("frog", "red heart", "rocket", "tiger face")
-    num_frames: int = 8
-    height: int = 48
-    width: int = 48
-    fps: float = 8.0
-    num_steps: int = 20
-    guidance_scale: float = 2.0
-
-    def __post_init__(self) -> None:
-        for field in ("num_frames", "height", "width", "num_steps"):
-            check(getattr(self, field) >= 1, self, field, "at least 1")
-        check(self.fps > 0, self, "fps", "positive")
-
-
-@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """One training run, whatever is trained; each kind of model has a subclass.
+    """One training run, whatever is trained; each family has a subclass (`sora_jax.families.registry`).
 
     Attributes:
+        kind: of the family, as `config.json` says it.
         num_steps: optimizer updates.
         seed: of the initialisation and of every draw of noise and time.
         log_every: steps between lines of metrics.
@@ -412,6 +250,8 @@ class ExperimentConfig:
         keep: checkpoints kept beside the best one.
         sample_every: steps between sample sheets (0: never).
     """
+
+    kind: ClassVar[str] = ""
 
     data: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -447,26 +287,3 @@ class StudyConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_seeds >= 1, self, "num_seeds", "at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class SoraConfig(ExperimentConfig):
-    """Training of a `SoraTransformer` on packed rows of clips."""
-
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    patch: PatchConfig = PatchConfig()
-    flow: FlowConfig = FlowConfig()
-    sample: SampleConfig = SampleConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, patch in zip(("height", "width"), self.patch.size[1:], strict=True):
-            value = getattr(self.sample, field)
-            if value % patch:
-                above = (value // patch + 1) * patch
-                works = f"{above - patch} or {above}" if value > patch else f"{above}"
-                raise ValueError(
-                    f"sample.{field} must be a multiple of the {patch} pixels of patch.size {self.patch.size}, "
-                    f"got {value}; {works} would work."
-                )

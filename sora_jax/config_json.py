@@ -37,7 +37,8 @@ def _from_value(annotation: Any, value: Any, path: str) -> Any:
     """Returns `value` as what `annotation` says; ValueError with the dotted `path` where it does not fit."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
+        every = typing.get_type_hints(annotation)
+        hints = {field.name: every[field.name] for field in dataclasses.fields(annotation)}
         if not isinstance(value, dict):
             raise ValueError(f"{path}: expected an object, got {value!r}.")
         if unknown := sorted(set(value) - set(hints)):

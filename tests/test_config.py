@@ -5,17 +5,19 @@ import pytest
 
 from sora_jax import config as c
 from sora_jax.config_json import from_json, to_json
+from sora_jax.families.sora import SampleConfig, SoraConfig
+from sora_jax.models.sora import ModelConfig
 
 
 def test_json_round_trip_keeps_every_value():
-    config = c.SoraConfig(
+    config = SoraConfig(
         data=c.DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
     )
-    assert from_json(c.SoraConfig, to_json(config)) == config
+    assert from_json(SoraConfig, to_json(config)) == config
 
 
 def edited(**changes):
-    values = json.loads(to_json(c.SoraConfig()))
+    values = json.loads(to_json(SoraConfig()))
     for path, value in changes.items():
         *parents, last = path.split("__")
         target = values
@@ -43,15 +45,15 @@ def edited(**changes):
 )
 def test_json_is_read_strictly(changes, message):
     with pytest.raises(ValueError, match=message):
-        from_json(c.SoraConfig, edited(**changes))
+        from_json(SoraConfig, edited(**changes))
 
 
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
         (c.PatchConfig, {"size": (1, 0, 2)}, r"PatchConfig.size must be positive \(t, h, w\), got \(1, 0, 2\)\."),
-        (c.ModelConfig, {"num_heads": 3}, r"num_heads must be a divisor of width 256, got 3"),
-        (c.ModelConfig, {"num_heads": 64}, r"num_heads must be such that .* >= 6, got 64"),
+        (ModelConfig, {"num_heads": 3}, r"num_heads must be a divisor of width 256, got 3"),
+        (ModelConfig, {"num_heads": 64}, r"num_heads must be such that .* >= 6, got 64"),
         (c.DataConfig, {"num_frames": (5, 2)}, r"num_frames must be \(lowest, highest\) .* got \(5, 2\)"),
         (c.DataConfig, {"batch_size": 3}, r"batch_size must be a multiple of num_shards \(2\), got 3"),
         (c.DataConfig, {"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5"),
@@ -59,13 +61,13 @@ def test_json_is_read_strictly(changes, message):
         (c.FlowConfig, {"time_std": 0.0}, r"time_std must be positive"),
         (c.OptimizerConfig, {"ema_decay": 1.0}, r"ema_decay must be at least 0 and below 1, got 1\.0"),
         (c.MeshConfig, {"fsdp": -1}, r"fsdp must be given where data is -1"),
-        (c.SoraConfig, {"num_steps": 0}, r"SoraConfig.num_steps must be at least 1, got 0"),
+        (SoraConfig, {"num_steps": 0}, r"SoraConfig.num_steps must be at least 1, got 0"),
         (
-            c.SoraConfig,
-            {"sample": c.SampleConfig(height=50)},
+            SoraConfig,
+            {"sample": SampleConfig(height=50)},
             r"sample.height must be a multiple of the 8 pixels .* got 50; 48 or 56 would work",
         ),
-        (c.SoraConfig, {"patch": c.PatchConfig((2, 48, 64))}, r"sample.width .* got 48; 64 would work"),
+        (SoraConfig, {"patch": c.PatchConfig((2, 48, 64))}, r"sample.width .* got 48; 64 would work"),
     ],
 )
 def test_a_bad_value_names_field_value_and_what_is_allowed(cls, changes, message):

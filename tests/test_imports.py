@@ -9,21 +9,28 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"array_types", "config", "config_json", "pixels"}
+GROUND = {"array_types", "config", "config_json", "files", "pixels", "provenance"}
+CORE = GROUND | {"diffusion", "patches", "models", "data", "parallel"}
 ALLOWED = {
     "array_types": set(),
     "config": set(),
     "config_json": set(),
+    "files": set(),
     "pixels": {"array_types"},
-    "diffusion": BASE | {"patches"},
-    "patches": BASE,
-    "models": BASE | {"diffusion", "patches"},
-    "data": BASE | {"patches"},
-    "parallel": BASE | {"models"},
-    "training": BASE | {"data", "diffusion", "patches", "models", "parallel"},
-    "generation": BASE | {"diffusion", "patches", "models", "parallel", "training"},
-    "evaluation": BASE | {"data", "diffusion", "patches", "models", "parallel"},
-    "convert": BASE | {"models", "patches", "evaluation"},
+    "provenance": {"array_types"},
+    "diffusion": GROUND | {"patches"},
+    "patches": GROUND,
+    "models": GROUND | {"diffusion", "patches"},
+    "data": GROUND | {"patches"},
+    "parallel": GROUND | {"models"},
+    "training": CORE,
+    "families": CORE | {"training"},
+    "generation": GROUND | {"diffusion", "patches", "models", "parallel", "training", "families"},
+    "evaluation": CORE,
+    "convert": GROUND | {"models", "patches"},
+    "runs": CORE | {"training", "families", "generation", "evaluation"},
+    "configs": CORE | {"training", "families"},
+    "commands": CORE | {"training", "families", "generation", "evaluation", "convert", "runs", "configs"},
 }
 
 

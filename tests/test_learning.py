@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.config import DataConfig, FlowConfig, ModelConfig, OptimizerConfig, PatchConfig, SoraConfig
+from sora_jax.config import DataConfig, FlowConfig, OptimizerConfig, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
 from sora_jax.data.captions import CaptionTable
@@ -18,13 +18,14 @@ from sora_jax.data.packing import Shard, row_budgets
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
+from sora_jax.families.sora import SoraConfig, SoraTask, weighted_loss
+from sora_jax.models.sora import ModelConfig
 from sora_jax.models.text.minilm import load_text_encoder
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.rows import fill_row, stack_rows
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import init_state, state_shardings
 from sora_jax.training.step import make_train_step
-from sora_jax.training.tasks.sora import SoraTask, weighted_loss
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "fluent_emoji"
 CAPTIONS = {

@@ -1,6 +1,5 @@
 """The TPU scripts, with a gcloud that records what it is given and answers as told. Nothing reaches the network."""
 
-import importlib
 import os
 import pathlib
 import re
@@ -10,6 +9,7 @@ import subprocess
 
 import pytest
 
+from sora_jax.commands import train
 from sora_jax.parallel.mesh import check_batch_size, mesh_shape
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -180,9 +180,7 @@ def test_help_names_every_option_and_has_examples(machine, script):
         assert not missing
 
 
-def test_the_trainings_of_the_examples_fit_pixels_and_eight_chips(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    train = importlib.import_module("train")
+def test_the_trainings_of_the_examples_fit_pixels_and_eight_chips():
     files = [ROOT / "tpu_setup" / name for name in ("README.md", "launch.sh", "resume.sh")]
     text = "\n".join(path.read_text() for path in files)
     found = re.findall(r"(?:-- |train\.py )(sora_\w+(?: --[\w.-]+(?: [\w./]+)?)*)", text)

@@ -17,15 +17,15 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
-from setups.trainer import Trainer
 from tqdm import tqdm
-from train import load_config
 
 from benchmarks.training_step import captions_of, device_name, with_data
 from sora_jax.array_types import PackedBatch
-from sora_jax.config import SoraConfig
+from sora_jax.commands.train import load_config
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.pipeline import PackedPipeline, make_pipeline
+from sora_jax.families.sora import SoraConfig
+from sora_jax.runs.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataOptions:
     """Measures the data pipeline beside the training step that it feeds.
 
     Attributes:
-        config: name of a file in experiments/configs/ or path of a Python file.
+        config: name of a file in sora_jax/configs/ or path of a Python file.
         data: the clips.
         num_steps: timed updates, alone and again with the pipeline; the pipeline alone makes as many batches.
         json: also write the table's figures to this file.

@@ -31,29 +31,29 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from train import config_names, load_config
 
 from benchmarks.training_step import device_name
 from sora_jax.array_types import NumpyArray, PackedBatch, PyTree
+from sora_jax.commands.train import config_names, load_config
 from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
 from sora_jax.data.latents import LatentDataConfig, image_rows
-from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
-from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
-from sora_jax.models.weights import flat_names
-from sora_jax.parallel.attention import attention_for
-from sora_jax.parallel.mesh import make_mesh
-from sora_jax.patches.patchify import patchify
-from sora_jax.training.flops import count_flops
-from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.state import state_from_params, state_shardings
-from sora_jax.training.step import make_train_step
-from sora_jax.training.tasks.class_conditional import (
+from sora_jax.families.diffusion import GaussianConfig
+from sora_jax.families.dit import (
     ClassConditionalConfig,
     ClassConditionalTask,
     ClassSampleConfig,
 )
-from sora_jax.training.tasks.diffusion import GaussianConfig
-from sora_jax.training.tasks.make import make_task
+from sora_jax.families.registry import make_task
+from sora_jax.generation.class_conditional import ClassConditionalSampler, sample_noise
+from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
+from sora_jax.parallel.attention import attention_for
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.patches.patchify import patchify
+from sora_jax.provenance import flat_names
+from sora_jax.training.flops import count_flops
+from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.state import state_from_params, state_shardings
+from sora_jax.training.step import make_train_step
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class DiTOptions:
     """Measures DiT beside diffusers' network in PyTorch; needs the extra `.[parity]`.
 
     Attributes:
-        config: a size, such as dit_s_2, a DiT's name in experiments/configs/ or the path of a Python file.
+        config: a size, such as dit_s_2, a DiT's name in sora_jax/configs/ or the path of a Python file.
         batch_size: images of a batch; a guided sample computes twice as many.
         num_steps: of the guided sample.
         repeats: that are timed, after one that compiles.

@@ -25,20 +25,20 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from setups.trainer import Trainer
 from tqdm import tqdm
-from train import load_config
 
 from benchmarks.training_step import captions_of, device_name, kernel_name, with_data
 from sora_jax.array_types import PackedBatch
-from sora_jax.config import SoraConfig
+from sora_jax.commands.train import load_config
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.packing import Shard
 from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
+from sora_jax.families.sora import SoraConfig
 from sora_jax.models.blockwise_attention import BLOCK
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.rows import fill_row, stack_rows
+from sora_jax.runs.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PackingOptions:
     """Measures packed rows against padded ones and size buckets, on the real training step.
 
     Attributes:
-        config: name of a file in experiments/configs/ or path of a Python file; gives the model and the batch.
+        config: name of a file in sora_jax/configs/ or path of a Python file; gives the model and the batch.
         data: the clips.
         row_lengths: tokens of a packed row; the caption tokens and clips of a row grow with them.
         rows: packed rows that are planned for the shares.

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 from etils import epath
 from rich.console import Console
-from setups.packed import caption_table
 
-from sora_jax.config import SoraConfig
 from sora_jax.data.captions import CaptionTable
+from sora_jax.families.sora import SoraConfig
 from sora_jax.parallel.attention import kernel_of
+from sora_jax.runs.packed import caption_table
 
 
 def kernel_name(config: SoraConfig) -> str:
@@ -26,7 +26,7 @@ def with_data(config: SoraConfig, **changes: object) -> SoraConfig:
 
 
 def captions_of(config: SoraConfig, workdir: Path) -> CaptionTable:
-    """Returns the token states of the data set's captions; see `setups.packed.caption_table`."""
+    """Returns the token states of the data set's captions; see `sora_jax.runs.packed.caption_table`."""
     data = config.data
     splits = (data.split, *(data.eval_splits if config.eval_every else ()))
     return caption_table(data, config.model.text_dim, splits, epath.Path(workdir), Console(stderr=True))

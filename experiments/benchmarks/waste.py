@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from train import load_config
 
+from sora_jax.commands.train import load_config
 from sora_jax.data.packing import Shard
 from sora_jax.data.sources import open_source
-from sora_jax.training.tasks.recognition import ClassificationConfig
+from sora_jax.families.recognition import ClassificationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class WasteOptions:
 
     Attributes:
         path: directory of a prepared data set.
-        config: name of a file in experiments/configs/ or path of a Python file; gives patches, sizes and dropping.
+        config: name of a file in sora_jax/configs/ or path of a Python file; gives patches, sizes and dropping.
         row_lengths: tokens of a row; most segments of a row grow with them.
         rows: that are planned for each.
         json: also write the table's figures to this file.

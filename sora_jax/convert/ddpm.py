@@ -20,7 +20,8 @@ from sora_jax.convert.diffusers_reader import is_count, with_new_names
 from sora_jax.convert.state_dict import check_size, missing, unknown
 from sora_jax.convert.weight_files import find_weights, read_options, read_weights
 from sora_jax.models.unet import UNet, UNetConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 # Options with one value that `UNet` computes. Those in _STATED must be in a config, as diffusers' own default for
 # them is another network; the others may be absent from it.

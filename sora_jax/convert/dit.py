@@ -31,7 +31,8 @@ from sora_jax.convert.state_dict import check_depth, check_real, check_size, mis
 from sora_jax.convert.vit import Source, gather_tensors
 from sora_jax.convert.weight_files import read_options, read_weights
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, abstract_params, sincos_positions
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 _LOGGER = logging.getLogger(__name__)
 

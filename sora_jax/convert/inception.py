@@ -1,4 +1,4 @@
-"""The FID network's weights into `sora_jax.evaluation.inception`.
+"""The FID network's weights into `sora_jax.models.features.inception`.
 
 The standard file is pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`: TensorFlow's weights of 2015-12-05 under
 the names of torchvision's `Inception3`. A batch norm (scale g, bias b, mean m, variance s, eps 1e-3) behind a
@@ -19,8 +19,9 @@ from etils import epath
 from sora_jax.array_types import NumpyArray
 from sora_jax.convert.state_dict import missing, unknown
 from sora_jax.convert.weight_files import read_weights
-from sora_jax.evaluation.inception import NUM_CLASSES, abstract_params
-from sora_jax.models.weights import WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.features.inception import NUM_CLASSES, abstract_params
+from sora_jax.models.weights import WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 BATCH_NORM_EPS = 1e-3
 

@@ -27,7 +27,8 @@ from sora_jax.convert.diffusers_reader import is_count, with_new_names
 from sora_jax.convert.state_dict import check_size, missing, unknown
 from sora_jax.convert.weight_files import read_options, read_weights
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 # Options with one value that `ImageVAE` computes; a config may leave them out, as diffusers' default is the same.
 _FIXED = {

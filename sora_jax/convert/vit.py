@@ -27,7 +27,8 @@ from sora_jax.convert.state_dict import check_depth, check_real, check_size, mis
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, flat_group_norms, npz_stem, timm_to_npz
 from sora_jax.convert.weight_files import find_weights, read_npz, read_options, read_weights
 from sora_jax.models.vit import ViT, ViTConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 MARKS = ("vit.embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight")
 

@@ -17,7 +17,8 @@ from sora_jax.convert.state_dict import check_size
 from sora_jax.convert.vit import common_options, expect_options, file_names, gather_tensors, torch_sources
 from sora_jax.convert.weight_files import find_weights, read_options, read_weights
 from sora_jax.models.vivit import ViViT, ViViTConfig, abstract_params
-from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, flat_names, tensor_bytes
+from sora_jax.models.weights import CONFIG_FILE, WEIGHTS_FILE, tensor_bytes
+from sora_jax.provenance import flat_names
 
 
 def torch_config(values: Mapping[str, Any], num_classes: int) -> ViViTConfig:

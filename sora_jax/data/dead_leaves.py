@@ -17,13 +17,50 @@ covered, draws the stationary model exactly (Kendall and Thoennes, 1999).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
 from sora_jax.array_types import Float
+from sora_jax.config import BatchConfig, check
 
 _CHUNK = 4096  # images drawn together: their masks stay in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadLeavesConfig(BatchConfig):
+    """Images of the dead leaves model (`sora_jax.data.dead_leaves`), made once.
+
+    Attributes:
+        size: of the square images, in pixels.
+        radii: (smallest, largest) of the discs, in pixels.
+        pixel_noise: standard deviation of the noise of each pixel, where that of the image is 1.
+        num_images: that are trained on.
+        image_seed: of the images.
+    """
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+    size: int = 16
+    radii: tuple[float, float] = (2.0, 16.0)
+    pixel_noise: float = 0.05
+    num_images: int = 20_000
+    image_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.size >= 1, self, "size", "at least 1")
+        pixels = self.size**2
+        check(self.num_images > pixels, self, "num_images", f"more than an image's {pixels} pixels, for the Gaussian")
+        check(self.image_seed >= 0, self, "image_seed", "at least 0")
+        low, high = self.radii
+        check(0 < low < high < math.inf, self, "radii", "(smallest, largest), finite, with 0 < smallest < largest")
+        check(0 < self.pixel_noise < 1, self, "pixel_noise", "between 0 and 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (self.size, self.size, 1)
 
 
 def dead_leaves(

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from sora_jax.array_types import Float
-from sora_jax.config import BatchConfig, DeadLeavesConfig, HeartbeatConfig, StillsConfig, SwissRollConfig
-from sora_jax.data.dead_leaves import dead_leaves
-from sora_jax.data.images import load_images
-from sora_jax.data.toy import heartbeat, swiss_roll
+from sora_jax.config import BatchConfig
+from sora_jax.data.dead_leaves import DeadLeavesConfig, dead_leaves
+from sora_jax.data.images import StillsConfig, load_images
+from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig, heartbeat, swiss_roll
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, count) -> (count, ...) float32
 TRAIN = "train"

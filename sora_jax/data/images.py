@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sora_jax.array_types import NumpyArray
+from sora_jax.config import BatchConfig, check
 from sora_jax.data.decode import decode_frames
 from sora_jax.data.sources import open_source
 
@@ -23,6 +25,32 @@ class Images(NamedTuple):
 
     pixels: NumpyArray
     captions: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StillsConfig(BatchConfig):
+    """Small stills of a prepared data set, all in memory (`sora_jax.data.images`), 8-bit values as numbers in [-1, 1].
+
+    Attributes:
+        path: directory of a prepared TFDS data set (`experiments/prepare_data.py` prints it).
+        size: of the square canvas that each still is centred on, in pixels.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+    eval_splits: tuple[str, ...] = ("unseen",)
+    path: str = ""
+    size: int = 32
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.size >= 1, self, "size", "at least 1")
+        check(self.channels in (1, 3), self, "channels", "1 or 3")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (self.size, self.size, self.channels)
 
 
 def load_images(path: str, split: str, size: int, channels: int = 3) -> Images:

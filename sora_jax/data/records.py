@@ -12,7 +12,6 @@ import io
 import json
 import math
 import re
-import uuid
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sora_jax.array_types import NumpyArray
 from sora_jax.data.errors import UnreadableClipError
 from sora_jax.data.picture_files import BROKEN_PICTURE, open_picture, upright_size
+from sora_jax.files import write_whole
 
 INDEX_VERSION = 2
 MOST_BYTES = 2**31 - 2**20
@@ -228,7 +228,7 @@ def write_index(directory: epath.PathLike, split: str, metadata: ClipMetadata) -
         {"version": INDEX_VERSION, **columns, "captions": metadata.captions, "names": metadata.names},
         ensure_ascii=False,
     )
-    write_atomically(epath.Path(directory) / f"index-{split}.json", text)
+    write_whole(epath.Path(directory) / f"index-{split}.json", text)
 
 
 def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
@@ -245,13 +245,3 @@ def read_index(directory: epath.PathLike, split: str) -> ClipMetadata | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"{path} is damaged ({error}); it is made again from the records.", stacklevel=2)
         return None
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a text file under a name of its own and renames it, so that no reader sees half of it."""
-    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.incomplete"
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,17 +18,52 @@ The heartbeat is 20 bits, a one in every fifth bin, at one of five phases.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
 from sora_jax.array_types import Float
+from sora_jax.config import BatchConfig, check
 
 _START, _END = 1.5 * math.pi, 4.5 * math.pi  # of t
 _NODES = 8  # of the quadrature in a panel
 _PANEL = 2.0  # its length in units of the noise; the error of the density is then below 1e-10 of its peak
 _CHUNK = 1 << 22  # pairs of point and node that are held at once
 NUM_BINS, PERIOD = 20, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class SwissRollConfig(BatchConfig):
+    """Points of a noisy Swiss roll (`sora_jax.data.toy`), drawn afresh for each batch.
+
+    Attributes:
+        noise: standard deviation of the noise around the roll, where each coordinate has unit variance.
+    """
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+    noise: float = 0.0025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(1e-4 <= self.noise < 1, self, "noise", "at least 1e-4 and below 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (2,)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeartbeatConfig(BatchConfig):
+    """Binary heartbeats of 20 bins (`sora_jax.data.toy`), drawn afresh for each batch."""
+
+    eval_splits: tuple[str, ...] = ("held_out",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an example."""
+        return (20,)
 
 
 def _spiral_moments() -> tuple[Float[np.ndarray, " 2"], Float[np.ndarray, " 2"]]:

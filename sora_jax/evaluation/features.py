@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.array_types import Array, Float, Int, NumpyArray, PyTree
-from sora_jax.evaluation import efficientnet, inception
 from sora_jax.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
 from sora_jax.evaluation.inception_score import inception_score
 from sora_jax.evaluation.precision_recall import precision_recall
+from sora_jax.models.features import efficientnet, inception
 
 SPATIAL = "_s"  # suffix of the keys of spatial features in files of statistics
 

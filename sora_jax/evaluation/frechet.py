@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Float, NumpyArray
-from sora_jax.evaluation.whole_files import writing
+from sora_jax.files import writing
 
 # A covariance that was stored as float32 has eigenvalues down to about -5e-6 of the largest, for 2048 features.
 NEGATIVE_TOLERANCE = 1e-5

@@ -24,7 +24,7 @@ from etils import epath
 
 from sora_jax.array_types import Int, NumpyArray
 from sora_jax.evaluation.manifest import SampleManifest, differences, manifest_path, read_manifest, write_manifest
-from sora_jax.evaluation.whole_files import writing
+from sora_jax.files import writing
 
 MANIFEST_FILE = "manifest.json"
 

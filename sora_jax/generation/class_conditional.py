@@ -39,15 +39,15 @@ from sora_jax.diffusion.samplers import (
     start,
 )
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas, respaced_steps
+from sora_jax.families.dit import ClassConditionalConfig
+from sora_jax.families.load import load_model
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
 from sora_jax.models.dit import DiT, DiTConfig, load_dit
 from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps
-from sora_jax.training.checkpoint import load_model
 from sora_jax.training.run_directory import read_keys
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig
 
 
 class LatentDecoder:

@@ -19,11 +19,12 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
-from sora_jax.config import MeshConfig, SoraConfig
+from sora_jax.config import MeshConfig
 from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
 from sora_jax.diffusion.samplers import SAMPLERS, Levels, State, denoiser, sample, sample_chunk, start
 from sora_jax.diffusion.schedules import flow_times
+from sora_jax.families.sora import SoraConfig
 from sora_jax.generation.canvas import ClipRequest, blank_segment, is_number, make_requests, pack_canvas, unpack_clips
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.attention import attention_for
@@ -106,8 +107,8 @@ class SoraPipeline:
             FileNotFoundError: there is no model at `path`.
             ValueError: the files there do not make a model.
         """
+        from sora_jax.families.load import load_model
         from sora_jax.models.text.minilm import load_text_encoder
-        from sora_jax.training.checkpoint import load_model
 
         config, params = load_model(DEFAULT_MODEL if path is None else epath.Path(path))
         return cls(config, params, load_text_encoder())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
+
+from sora_jax.files import write_whole
 
 VIEWING_SIZE = 256  # small clips are enlarged to a long side of at least this, in pixels
 LONGEST_SIDE = 16_384  # that H.264's encoder takes, in pixels
@@ -89,37 +90,6 @@ def write_image(path: str | epath.PathLike, image: np.ndarray, scale: int | None
     buffer = io.BytesIO()
     Image.fromarray(enlarge(frames, viewing_scale(*frames.shape[1:3], scale))[0]).save(buffer, format="png")
     return write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: str | epath.PathLike, data: bytes) -> epath.Path:
-    """Writes `data` under a temporary name and renames it to `path`, making its directory; returns the path."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(data)
-    return temporary.replace(path)
-
-
-def check_writable(option: str, path: str | epath.PathLike, directory: bool = False) -> None:
-    """Checks before the work that `write_whole` will be able to write its result; makes nothing.
-
-    Args:
-        option: what the message names.
-        path: of the file; the directories above it that are missing will be made.
-        directory: `path` is that of a directory of files.
-
-    Raises:
-        ValueError: a file stands where a directory would have to, or a directory where the file would; or the
-            directory cannot be written to.
-    """
-    path = epath.Path(path)
-    if not directory and path.is_dir():
-        raise ValueError(f"{option} {str(path)!r} is a directory; name a file.")
-    place = next((p for p in (*((path,) if directory else ()), *path.parents) if p.exists()), None)
-    if place is not None and not place.is_dir():
-        raise ValueError(f"{option} {str(path)!r} cannot be written: {str(place)!r} is a file, not a directory.")
-    if place is not None and os.path.isdir(place) and not os.access(place, os.W_OK):
-        raise ValueError(f"{option} {str(path)!r} cannot be written: no permission to write in {str(place)!r}.")
 
 
 def contact_sheet(

@@ -16,7 +16,7 @@ is built for a mesh in `sora_jax.parallel`, where one function chooses among the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ RowAttention = Callable[[Array, Array, Array, Array, Array], Array]
 """Attention as the blocks of a model call it: of (q, k, v, query_ids, key_ids), with equation 2 alone."""
 
 
+@runtime_checkable  # for the check of shapes in tests, which looks at every argument
 class AttentionFn(Protocol):
     """What an attention kernel is called like; one that cannot do something raises a ValueError that says so.
 

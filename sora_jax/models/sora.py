@@ -12,15 +12,17 @@ Initialisation is adaLN-Zero's (arXiv:2212.09748, section 3.2): gates, and the h
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int
-from sora_jax.config import ModelConfig
+from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.layers import Mlp, dense, layer_norm, modulate, sinusoidal_embedding
 from sora_jax.models.transformer import (
@@ -41,6 +43,51 @@ TIMESTEPS = 1000.0
 # Of the grid embedding: 32 values a coordinate, cosines and sines of 16 wavelengths from 2 pi to about 470.
 GRID_FREQUENCIES = 32
 GRID_PERIOD = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Size and computation of a `SoraTransformer`; `sora_jax.models.sora.SORA_SIZES` names the usual ones.
+
+    Attributes:
+        width: size of a token inside the model.
+        depth: number of blocks.
+        num_heads: attention heads; `width / num_heads` must be an even number of at least 6.
+        mlp_dim: hidden size of the MLP.
+        text_dim: size of a caption token state (384 for MiniLM, 4096 for UMT5-XXL).
+        frequency_dim: size of the sinusoidal embedding of the noise level.
+        grid_embedding: adds an embedding of where a patch lies in its clip to its token. Rotary positions alone tell
+            tokens of pure noise apart by nothing but the noise; the Wan models do without and learn it at scale.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of every norm.
+        dtype: of the computation; parameters and softmax stay float32.
+        remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
+    """
+
+    width: int = 256
+    depth: int = 8
+    num_heads: int = 4
+    mlp_dim: int = 1024
+    text_dim: int = 384
+    frequency_dim: int = 256
+    grid_embedding: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "xla", "blockwise", "splash"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("width", "depth", "num_heads", "mlp_dim", "text_dim"):
+            check(getattr(self, field) >= 1, self, field, "at least 1")
+        check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
+        head = self.width // self.num_heads
+        check(head % 2 == 0 and head >= 6, self, "num_heads", f"such that width {self.width} / num_heads is even, >= 6")
+        check(self.frequency_dim >= 2 and self.frequency_dim % 2 == 0, self, "frequency_dim", "even and at least 2")
+        check(self.rope_theta > 1, self, "rope_theta", "above 1")
+        check(self.norm_eps > 0, self, "norm_eps", "positive")
+
 
 SORA_SIZES: dict[str, ModelConfig] = {
     "sora_nano": ModelConfig(width=64, depth=2, num_heads=2, mlp_dim=256),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from sora_jax.config_json import from_json
 from sora_jax.models.file_kinds import what_else
 from sora_jax.models.kinds import check_kind
 from sora_jax.models.quantize import dequantize_tensors
+from sora_jax.provenance import flat_names
 
 T = TypeVar("T")
 
@@ -29,12 +30,6 @@ _NAMES = {
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
-
-
-def flat_names(params: PyTree) -> dict[str, Any]:
-    """Returns the leaves by their path, joined by dots, sorted."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
 
 
 def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:

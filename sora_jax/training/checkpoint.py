@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax, and the exported form of a model (safetensors and the run's JSON).
+"""Checkpoints of a run by Orbax.
 
 A checkpoint's items stand apart (`params`, `ema_params`, `opt_state`, `data`), so that what only samples reads the
 averaged parameters alone. Saving is asynchronous; a directory that a killed process left half written has a
@@ -23,17 +23,9 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sora_jax.array_types import PyTree
-from sora_jax.config import ExperimentConfig, SoraConfig
-from sora_jax.models.kinds import kind_of
-from sora_jax.models.quantize import quantize_tensors
-from sora_jax.models.weights import WEIGHTS_FILE, check_finite, check_shapes, flat_names, read_params, tensor_bytes
+from sora_jax.models.weights import WEIGHTS_FILE, check_finite, check_shapes
 from sora_jax.training.checkpoint_folder import FOLDER, OwnSteps, check_places, drop_echoes, system_error, writing
-from sora_jax.training.run_directory import Config, read_config, read_keys, write_config
-from sora_jax.training.state import TrainState, abstract_params
-from sora_jax.training.tasks.make import CONFIGS, make_task
-
-STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
-INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
+from sora_jax.training.state import TrainState
 
 
 class Checkpointer:
@@ -164,96 +156,30 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max((found.step for found in steps), default=None)
 
 
-def config_class(path: epath.PathLike) -> type[ExperimentConfig]:
-    """Returns the class of the config of a run, one of its checkpoints or an exported model.
-
-    Raises:
-        FileNotFoundError: there is none of them at `path`.
-        ValueError: what is there is something else, which is named.
-    """
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
-    keys = read_keys(path)
-    if not keys:
-        raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
-    kind = kind_of(keys)
-    if kind is None or not kind.run:
-        what = "of no kind that is known" if kind is None else kind.what
-        raise ValueError(f"{path} is neither a run nor an exported model: it is {what}.")
-    return CONFIGS[kind.config]
+def run_directory_of(path: epath.PathLike) -> epath.Path:
+    """Returns the directory of the run of a checkpoint (`WORKDIR/checkpoints/STEP`), and any other path as it is."""
+    path = epath.Path(path)
+    return path.parent.parent if path.parent.name == FOLDER else path
 
 
-def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] = SoraConfig) -> tuple[Config, PyTree]:
-    """Reads a model's config and parameters.
+def read_checkpoint(path: epath.PathLike, averaged: bool = True) -> PyTree:
+    """Returns the parameters of a run's newest checkpoint, or of the checkpoint at `path`.
 
     Args:
-        path: a run (its newest checkpoint is read), one checkpoint of a run (`WORKDIR/checkpoints/STEP`) or an
-            exported model.
-        averaged: of a run, read the EMA of the parameters rather than the parameters.
-        kind: of the experiment that trained it.
+        path: a run, or one of its checkpoints (`WORKDIR/checkpoints/STEP`).
+        averaged: read the EMA of the parameters rather than the parameters.
 
     Returns:
-        The config, and the parameters as NumPy arrays, float32.
+        NumPy arrays, float32, whatever mesh they were saved from.
 
     Raises:
-        FileNotFoundError: there is no model at `path`.
-        ValueError: another kind of model, which is named, or parameters that are not those of its config or not finite,
-            naming the first.
+        FileNotFoundError: a run without checkpoints.
+        ValueError: a damaged checkpoint, or a parameter that is not finite, named.
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
-    if (path / WEIGHTS_FILE).exists():
-        config = read_config(path, kind)
-        params = read_params(path / WEIGHTS_FILE)
-    else:
-        config = read_config(path.parent.parent if path.parent.name == FOLDER else path, kind)
-        checkpoint = _checkpoint_directory(path)
-        params = _read_orbax(checkpoint / ("ema_params" if averaged else "params"))
-        check_finite(params, str(checkpoint))
-    check_shapes(params, abstract_params(make_task(config)), str(path))
-    return config, params
-
-
-def export_model(
-    path: epath.PathLike, config: ExperimentConfig, params: PyTree, storage_dtype: str = "float32"
-) -> None:
-    """Writes a model as `model.safetensors` (names joined by dots) and `config.json`.
-
-    Args:
-        path: directory; made if needed.
-        config: of the model.
-        params: float32.
-        storage_dtype: of the numbers in the file, `float32`, `bfloat16`, `float16`, or `int8`, which stores kernels in
-            8 bits with a scale for each 64 numbers (`sora_jax.models.quantize`) and the rest as float32. Reading
-            gives float32 again.
-
-    Raises:
-        ValueError: a run at `path`, an unknown `storage_dtype`, parameters that are not those of `config`, or one that
-            it cannot hold.
-    """
-    path = epath.Path(path)
-    if (path / FOLDER).exists():
-        raise ValueError(f"{path} holds a run, and its config.json would be replaced: choose another --output.")
-    if storage_dtype not in STORAGE_DTYPES:
-        raise ValueError(f"storage_dtype must be one of {', '.join(STORAGE_DTYPES)}, got {storage_dtype!r}.")
-    check_shapes(params, abstract_params(make_task(config)), "the model to export")
-    values = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
-    with np.errstate(over="ignore", invalid="ignore"):
-        if storage_dtype == "int8":
-            kernels = [name for name in values if name.endswith(".kernel") and values[name].shape[-1] % 8 == 0]
-            groups = {name: math.gcd(values[name].shape[-1], INT8_GROUP) for name in kernels}
-            tensors = quantize_tensors(values, {name: (8, group) for name, group in groups.items()})
-        else:
-            tensors = {name: value.astype(jax.numpy.dtype(storage_dtype)) for name, value in values.items()}
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f".{WEIGHTS_FILE}.tmp"
-    temporary.write_bytes(tensor_bytes(tensors))
-    temporary.replace(path / WEIGHTS_FILE)
-    write_config(path, config)
+    checkpoint = _checkpoint_directory(epath.Path(path))
+    params = _read_orbax(checkpoint / ("ema_params" if averaged else "params"))
+    check_finite(params, str(checkpoint))
+    return params
 
 
 def _checkpoint_directory(path: epath.Path) -> epath.Path:

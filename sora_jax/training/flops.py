@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sora_jax.training import state, step
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.tasks.task import Task
+from sora_jax.training.task import Task
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:

@@ -27,7 +27,7 @@ from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.parallel.multihost import PreemptionGuard, gather_json, to_global, to_local
 from sora_jax.training import checkpoint_folder, run_directory
-from sora_jax.training.checkpoint import Checkpointer, latest_step, load_model
+from sora_jax.training.checkpoint import Checkpointer, latest_step
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import (
     TrainState,
@@ -38,8 +38,7 @@ from sora_jax.training.state import (
     state_shardings,
 )
 from sora_jax.training.step import EvalStep, make_eval_step, make_train_step
-from sora_jax.training.tasks.make import make_task
-from sora_jax.training.tasks.task import Task
+from sora_jax.training.task import Task
 from sora_jax.training.telemetry import Stopwatch, Telemetry, interval_figures
 
 
@@ -121,9 +120,10 @@ def train(
     config: ExperimentConfig,
     workdir: epath.PathLike,
     open_batches: OpenBatches,
+    task_for: Callable[[Mesh], Task],
     *,
     data_fingerprints: Callable[[], dict[str, str]] | None = None,
-    init_from: epath.PathLike | Callable[[], PyTree] | None = None,
+    init_from: Callable[[], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
     console: rich.console.Console | None = None,
 ) -> Outcome:
@@ -133,10 +133,10 @@ def train(
         config: of the experiment.
         workdir: of the run (see `sora_jax.training.run_directory`).
         open_batches: opens a split.
+        task_for: makes what is trained for the mesh, which an attention kernel may need.
         data_fingerprints: digests by which the run knows its data again (`sora_jax.data.identity`), by split; without
             it, by the text of `data.path`.
-        init_from: a run or an exported model whose averaged parameters a new run starts from, or a function that
-            returns parameters; an old run goes on from its own checkpoint.
+        init_from: returns the parameters that a new run starts from; an old run goes on from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
         console: for progress.
 
@@ -177,7 +177,7 @@ def train(
     checkpoint_folder.check_places(workdir, {step for step in saved if step > (first_step or 0)})
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, dict(mesh.shape))
-    task = make_task(config, mesh)
+    task = task_for(mesh)
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     start = _initial_params(task, init_from) if first_step is None else None
@@ -398,11 +398,10 @@ def _next_batch(batches: Batches, split: str) -> PyTree:
         raise ValueError(f"split {split!r} gave no more batches; is it empty?") from None
 
 
-def _initial_params(task: Task, init_from: epath.PathLike | Callable[[], PyTree] | None) -> PyTree | None:
+def _initial_params(task: Task, init_from: Callable[[], PyTree] | None) -> PyTree | None:
     """Returns the parameters to start from, None for fresh ones."""
     if init_from is None:
         return None
-    params = init_from() if callable(init_from) else load_model(init_from, kind=type(task.config))[1]
-    name = "what init_from gives" if callable(init_from) else f"init_from {init_from}"
-    check_shapes(params, abstract_params(task), name)
+    params = init_from()
+    check_shapes(params, abstract_params(task), "what init_from gives")
     return params

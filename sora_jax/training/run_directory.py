@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from sora_jax.config import ExperimentConfig, SoraConfig
+from sora_jax.config import ExperimentConfig
 from sora_jax.config_json import to_json
+from sora_jax.files import write_whole
 from sora_jax.models.weights import read_config_file
 
 Config = TypeVar("Config", bound=ExperimentConfig)
@@ -54,7 +55,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_config(directory: epath.PathLike, kind: type[Config] = SoraConfig) -> Config:
+def read_config(directory: epath.PathLike, kind: type[Config]) -> Config:
     """Reads `config.json` of a run or of an exported model.
 
     Args:
@@ -98,14 +99,7 @@ def read_keys(path: epath.PathLike) -> dict[str, Any]:
 
 def write_config(directory: epath.PathLike, config: ExperimentConfig) -> None:
     """Writes `config.json`, whole or not at all."""
-    write_atomically(epath.Path(directory) / "config.json", to_json(config))
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a text file by renaming a finished one, so that no reader finds half of it."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(epath.Path(directory) / "config.json", to_json(config))
 
 
 def check_config(
@@ -162,7 +156,7 @@ def read_data(directory: epath.PathLike) -> dict[str, str]:
 def write_data(directory: epath.PathLike, fingerprints: Mapping[str, str]) -> None:
     """Records the fingerprint of each split that a run reads."""
     text = json.dumps({"fingerprints": dict(fingerprints)}, indent=2) + "\n"
-    write_atomically(epath.Path(directory) / DATA_FILE, text)
+    write_whole(epath.Path(directory) / DATA_FILE, text)
 
 
 def write_moved(directory: epath.PathLike, config: ExperimentConfig, fingerprints: Mapping[str, str]) -> None:
@@ -226,4 +220,4 @@ def done_step(directory: epath.PathLike) -> int | None:
 
 def mark_done(directory: epath.PathLike, step: int) -> None:
     """Says that the run has finished at `step`."""
-    write_atomically(epath.Path(directory) / "DONE", json.dumps({"step": step}) + "\n")
+    write_whole(epath.Path(directory) / "DONE", json.dumps({"step": step}) + "\n")

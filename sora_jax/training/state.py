@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sora_jax.array_types import Array, Int, PyTree
 from sora_jax.parallel import rules
 from sora_jax.training import streams
-from sora_jax.training.tasks.task import Task
+from sora_jax.training.task import Task
 
 
 @flax.struct.dataclass

@@ -1,7 +1,7 @@
 """One update of the parameters, and the held-out loss: pure functions, compiled over the mesh.
 
 The gradient of accumulated batches is that of one large batch: each batch's mean is weighted by what it is over
-(`sora_jax.training.tasks.task.Loss`).
+(`sora_jax.training.task.Loss`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sora_jax.parallel import rules
 from sora_jax.training import streams
 from sora_jax.training.optimizer import ema_update, learning_rate
 from sora_jax.training.state import TrainState
-from sora_jax.training.tasks.task import Loss, Metrics, Task
+from sora_jax.training.task import Loss, Metrics, Task
 
 TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[PyTree, PyTree, Array, Array], Loss]

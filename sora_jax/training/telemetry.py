@@ -18,10 +18,10 @@ import rich.console
 import rich.progress
 from etils import epath
 
+from sora_jax.files import write_whole
 from sora_jax.training.chips import peak_flops
 from sora_jax.training.event_file import EventFile
-from sora_jax.training.run_directory import write_atomically
-from sora_jax.training.tasks.task import Task
+from sora_jax.training.task import Task
 
 # Of the figures of an interval, those that stand in the progress line, and how.
 LINE = {
@@ -129,7 +129,7 @@ class Telemetry:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             self._lines = [line for line in lines if _step_of(line) <= first_step]
-        write_atomically(self._path, "".join(line + "\n" for line in self._lines))
+        write_whole(self._path, "".join(line + "\n" for line in self._lines))
         self._board = EventFile(str(workdir / "tensorboard"), first_step + 1)
         self._progress = rich.progress.Progress(
             "{task.description}",
@@ -186,7 +186,7 @@ class Telemetry:
         """Makes sure that all is on disk."""
         if self._active:
             if not self._appends:
-                write_atomically(self._path, "".join(line + "\n" for line in self._lines))
+                write_whole(self._path, "".join(line + "\n" for line in self._lines))
             self._board.flush()
 
     def close(self) -> None:

@@ -1,22 +1,19 @@
 """DDPM's weights into UNet: against NumPy in float64 and against diffusers, and the command that does it."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from sora_jax.commands import convert_checkpoint
 from sora_jax.config_json import to_json
 from sora_jax.convert.ddpm import convert_config, convert_ddpm, convert_tensors
 from sora_jax.models.unet import UNet, UNetConfig, load_unet
-from sora_jax.models.weights import flat_names
+from sora_jax.provenance import flat_names
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 CIFAR = {  # config.json of google/ddpm-cifar10-32
     "_class_name": "UNet2DModel",
     "_diffusers_version": "0.0.4",
@@ -201,10 +198,7 @@ def write_source(folder, values=SMALL, state=None):
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return convert_checkpoint.main
 
 
 def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, capsys):

@@ -3,11 +3,8 @@
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -16,11 +13,11 @@ import pytest
 import safetensors.numpy
 from torch_files import torch_bytes
 
+from sora_jax.commands import convert_checkpoint
 from sora_jax.convert.dit import convert_dit, diffusers_config, from_diffusers, from_official, official_config
 from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, load_dit
-from sora_jax.models.weights import flat_names
+from sora_jax.provenance import flat_names
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 WIDTH, DEPTH, CLASSES = 16, 3, 10
 CONFIG = DiTConfig(image_size=(8, 8), width=WIDTH, depth=DEPTH, num_heads=2, mlp_dim=64, num_classes=CLASSES)
 VALUES = {  # config.json of a small DiTTransformer2DModel
@@ -150,10 +147,7 @@ def write_files(folder, files):
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return convert_checkpoint.main
 
 
 @pytest.fixture

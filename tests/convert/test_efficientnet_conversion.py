@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax.convert.efficientnet import convert_efficientnet, load_efficientnet
-from sora_jax.evaluation.efficientnet import STAGES, EfficientNetLite0, feature_function, preprocess
+from sora_jax.models.features.efficientnet import STAGES, EfficientNetLite0, feature_function, preprocess
 
 
 def random_state(seed=0):

@@ -1,34 +1,34 @@
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from sora_jax.config import ModelConfig, OptimizerConfig, PatchConfig, SoraConfig, SwissRollConfig
+from sora_jax.commands import convert_checkpoint
+from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import to_json
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.data.toy import SwissRollConfig
+from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.families.load import config_class, export_model, load_model
+from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
+from sora_jax.families.registry import make_task
+from sora_jax.families.sora import SoraConfig, SoraTask
 from sora_jax.generation.class_conditional import ClassConditionalSampler
 from sora_jax.generation.pipeline import SoraPipeline
 from sora_jax.models.autoencoder.image_vae import load_image_vae
 from sora_jax.models.dit import DiTConfig, load_dit
 from sora_jax.models.mlp import MLPConfig
 from sora_jax.models.navit import NaViTConfig
+from sora_jax.models.sora import ModelConfig
 from sora_jax.models.vit import ViTConfig, load_vit
 from sora_jax.models.vivit import ViViTConfig
-from sora_jax.training.checkpoint import config_class, export_model, load_model
 from sora_jax.training.state import abstract_params, unboxed_params
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassSampleConfig
-from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
-from sora_jax.training.tasks.make import make_task
-from sora_jax.training.tasks.recognition import ClassificationConfig, ContrastiveConfig
-from sora_jax.training.tasks.sora import SoraTask
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 CONFIG = SoraConfig(
     model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=8, frequency_dim=8),
     patch=PatchConfig(size=(1, 2, 2), channels=1),
@@ -37,12 +37,7 @@ CONFIG = SoraConfig(
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module.main
-    del sys.modules[spec.name]
+    return convert_checkpoint.main
 
 
 def test_export_halves_a_model(main, tmp_path, capsys):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sora_jax.convert.inception import convert_inception, convert_tensors
-from sora_jax.evaluation.inception import FIDInception, abstract_params, load_inception, prepare
-from sora_jax.models.weights import flat_names
+from sora_jax.models.features.inception import FIDInception, abstract_params, load_inception, prepare
+from sora_jax.provenance import flat_names
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 # Convolutions of torchvision's Inception3: outputs, inputs, kernel.

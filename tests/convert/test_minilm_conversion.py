@@ -1,10 +1,8 @@
 """BERT weights into MiniLM: against NumPy in float64 and against transformers, and the command that does it."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +12,7 @@ import safetensors.numpy
 from flax import traverse_util
 from tokenizers import Tokenizer
 
+from sora_jax.commands import convert_checkpoint
 from sora_jax.convert.minilm import convert_config, convert_minilm, convert_tensors
 from sora_jax.models.text.minilm import MiniLM, load_text_encoder
 
@@ -118,10 +117,7 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "experiments" / "convert_checkpoint.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return convert_checkpoint.main
 
 
 def test_states_equal_numpy_in_float64():

@@ -1,23 +1,20 @@
 """Stable Diffusion's autoencoder into ImageVAE: against NumPy in float64 and diffusers, and the command."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from sora_jax.commands import convert_checkpoint
 from sora_jax.config_json import to_json
 from sora_jax.convert.sd_vae import convert_config, convert_sd_vae, convert_tensors
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
-from sora_jax.models.weights import flat_names
+from sora_jax.provenance import flat_names
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 PUBLISHED = {  # config.json of stabilityai/sd-vae-ft-mse
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.4.2",
@@ -218,10 +215,7 @@ def write_converted(folder, source):
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return convert_checkpoint.main
 
 
 def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, capsys):

@@ -1,24 +1,21 @@
 """Weights of ViT and ViViT: against NumPy in float64 and against transformers, both layouts, and the commands."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from sora_jax.commands import convert_checkpoint
 from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz, torch_config
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.convert.vivit import torch_config as vivit_config
 from sora_jax.models.vit import ViT, ViTConfig, load_vit
 from sora_jax.models.vivit import ViViT, ViViTConfig, load_vivit
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "convert_checkpoint.py"
 WIDTH, DEPTH, HEADS, MLP, PATCH, CLASSES = 16, 3, 2, 24, 4, 5
 VALUES = {  # config.json of a small ViTForImageClassification, with an epsilon that its numbers show
     "model_type": "vit",
@@ -178,10 +175,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return convert_checkpoint.main
 
 
 def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, capsys):

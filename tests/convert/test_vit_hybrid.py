@@ -15,7 +15,7 @@ from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, npz_stem, timm_to_npz
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params, load_vit
-from sora_jax.models.weights import flat_names
+from sora_jax.provenance import flat_names
 
 SIZES = dict(width=64, depth=2, num_heads=1, mlp_dim=24, num_classes=5)
 CONFIG = ViTConfig((32, 32), patch_size=16, **SIZES, exact_gelu=False, stem=ResNetStemConfig((2, 1), width=32))

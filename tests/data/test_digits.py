@@ -1,10 +1,8 @@
 """Digits: pixels that come through unchanged, splits, bad files, and the command."""
 
-import importlib.util
 import io
 import json
 import pathlib
-import sys
 import tarfile
 
 import numpy as np
@@ -13,12 +11,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from sora_jax.commands import prepare_data
 from sora_jax.data.builders import clip_dataset, digits
 from sora_jax.data.builders.parts import ClipTask, Encoding
 from sora_jax.data.decode import UnreadableClipError
 from sora_jax.data.sources import open_source
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "prepare_data.py"
 NUM_PICTURES = 10
 
 
@@ -55,11 +53,7 @@ def archive(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_data"] = module
-    spec.loader.exec_module(module)
-    return module
+    return prepare_data
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sora_jax.config import HeartbeatConfig, SwissRollConfig
 from sora_jax.data.examples import ExampleBatches, example_source
+from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 
 
 def count_up(rng, count):

@@ -9,10 +9,11 @@ import pytest
 import tensorflow_datasets as tfds
 from test_sources import build, jpeg
 
-from sora_jax.config import StillsConfig, SwissRollConfig
 from sora_jax.data import identity
 from sora_jax.data.identity import data_fingerprints
+from sora_jax.data.images import StillsConfig
 from sora_jax.data.latents import LatentDataConfig
+from sora_jax.data.toy import SwissRollConfig
 
 FEATURES = {
     "image": tfds.features.Image(shape=(None, None, 3)),

@@ -2,11 +2,9 @@
 
 import collections
 import contextlib
-import importlib.util
 import itertools
 import json
 import pathlib
-import sys
 import threading
 
 import jax
@@ -16,6 +14,7 @@ import tensorflow_datasets as tfds
 from flax import linen as nn
 from PIL import Image
 
+from sora_jax.commands import prepare_data
 from sora_jax.config_json import to_json
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.latents import LatentOptions, center_crop, prepare_latents
@@ -23,9 +22,9 @@ from sora_jax.data.builders.parts import ClipTask, Encoding
 from sora_jax.data.latents import LatentBatches, LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
-from sora_jax.models.weights import flat_names, tensor_bytes
+from sora_jax.models.weights import tensor_bytes
+from sora_jax.provenance import flat_names
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "prepare_data.py"
 SIZE, SHAPE = 8, (2, 2, 3)
 OPTIONS = LatentOptions(SIZE, part_size=3)
 AUTOENCODER = {"scaling_factor": 0.5, "sha256": "of the weights"}
@@ -316,10 +315,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return prepare_data.main
 
 
 def test_the_command_encodes_with_an_autoencoder(script, pictures, vae, tmp_path, capsys):

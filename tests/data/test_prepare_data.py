@@ -1,6 +1,5 @@
 """The command line of prepare_data.py: packages fetched or given, reports, bad input, crashes."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sora_jax.commands import prepare_data
 from sora_jax.data.builders import clip_dataset, fluent_emoji, writer
 from sora_jax.data.sources import open_source
 
@@ -24,11 +24,7 @@ FIXTURES = ROOT / "tests" / "fixtures" / "fluent_emoji"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_data"] = module
-    spec.loader.exec_module(module)
-    return module
+    return prepare_data
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Labelled stills: what is cut, how it is split and labelled, what is left out, bad packages, and the command."""
 
-import importlib.util
 import io
 import json
 import pathlib
@@ -14,12 +13,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from sora_jax.commands import prepare_data
 from sora_jax.data.builders import fluent_emoji, stills
 from sora_jax.data.builders.parts import ClipTask, Encoding
 from sora_jax.data.decode import UnreadableClipError, decode_frames
 from sora_jax.data.sources import open_source
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "prepare_data.py"
 NUM_PICTURES = 25
 
 # Stem of the file, group in Unicode's list, box (left, top, right, bottom) of what is seen in 64x64 pixels.
@@ -107,11 +106,7 @@ def packages(members, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_data"] = module
-    spec.loader.exec_module(module)
-    return module
+    return prepare_data
 
 
 def command(output, packages, *arguments):

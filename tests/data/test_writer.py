@@ -182,7 +182,7 @@ def test_output_that_cannot_be_written_is_named_and_goes_on(tmp_path, monkeypatc
     limit = 10 if stage == "summaries" else 1000
     with files_of_at_most(limit), pytest.raises(OSError) as caught:
         if stage == "summaries":
-            writer.write_atomically(epath.Path(tmp_path) / "data.json", 100 * "x")
+            writer.write_whole(epath.Path(tmp_path) / "data.json", 100 * "x")
         prepare(tasks, tmp_path / "data")
     assert caught.value.errno == errno.EFBIG
     assert not list(tmp_path.rglob("*.incomplete")) and not list(tmp_path.rglob("report.json"))

@@ -7,11 +7,12 @@ import types
 
 import numpy as np
 import pytest
-from evaluations import nearest as evaluate
 from PIL import Image
 
-from sora_jax.config import DataConfig, SampleConfig, SoraConfig
+from sora_jax.commands.evaluations import nearest as evaluate
+from sora_jax.config import DataConfig
 from sora_jax.data.records import ClipMetadata
+from sora_jax.families.sora import SampleConfig, SoraConfig
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "evaluate.py"
 

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from evaluations import fid as script
 from PIL import Image
 from test_features import Colours, pictures
 from test_manifest import SAMPLES
 
+from sora_jax.commands.evaluations import fid as script
 from sora_jax.data.records import ClipMetadata
-from sora_jax.evaluation.manifest import file_hash, manifest_path, params_hash, write_manifest
+from sora_jax.evaluation.manifest import manifest_path, write_manifest
+from sora_jax.provenance import file_hash, params_hash
 
 
 class Pictures:

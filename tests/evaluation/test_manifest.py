@@ -8,16 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sora_jax.evaluation.manifest import (
-    Environment,
-    SampleManifest,
-    ScoreManifest,
-    differences,
-    file_hash,
-    params_hash,
-    read_manifest,
-    write_manifest,
-)
+from sora_jax.evaluation.manifest import SampleManifest, ScoreManifest, differences, read_manifest, write_manifest
+from sora_jax.provenance import Environment, file_hash, params_hash
 
 ENVIRONMENT = Environment("8 x TPU v5 lite", "0.10.2", "0.1.0", "2.3")
 SAMPLES = SampleManifest(

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sora_jax.evaluation.manifest import Environment, SampleManifest, manifest_path, read_manifest
+from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.evaluation.sample_store import SampleStore
+from sora_jax.provenance import Environment
 
 MANIFEST = SampleManifest(
     model="DiT-S/8",

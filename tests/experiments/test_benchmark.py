@@ -1,32 +1,22 @@
 import dataclasses
-import importlib.util
 import io
 import json
-import pathlib
 import time
 
+import benchmark
 import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.config import DataConfig, ModelConfig, PatchConfig, SoraConfig
+from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.packing import Shard
 from sora_jax.data.pipeline import PackedPipeline
 from sora_jax.data.records import ClipMetadata
+from sora_jax.families.sora import SoraConfig
+from sora_jax.models.sora import ModelConfig
 from sora_jax.patches.patchify import num_tokens
 
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("benchmark_script", EXPERIMENTS / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_script()
 packing, data, samplers = benchmark.packing, benchmark.data, benchmark.samplers
 
 CONFIG = SoraConfig(

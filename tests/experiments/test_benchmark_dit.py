@@ -10,7 +10,7 @@ CONFIG = """
 from sora_jax.config import PatchConfig
 from sora_jax.data.latents import LatentDataConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 
 def config():
     return ClassConditionalConfig(

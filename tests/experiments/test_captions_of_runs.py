@@ -9,11 +9,11 @@ import warnings
 import numpy as np
 import pytest
 import rich.console
-from setups import process
-from setups.packed import caption_table
 
+from sora_jax.commands import process
 from sora_jax.config import DataConfig
 from sora_jax.data.captions import CaptionTable
+from sora_jax.runs.packed import caption_table
 
 
 class Encoder:

@@ -8,23 +8,25 @@ import math
 import numpy as np
 import pytest
 import rich.console
-import train
 from PIL import Image
-from setups.diffusion import held_out_examples
-from setups.study import mean_over_seeds, report_table
 
-from sora_jax.config import DeadLeavesConfig, HeartbeatConfig, SwissRollConfig
+from sora_jax.commands import train
+from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.examples import example_images
+from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian
+from sora_jax.families.diffusion import BinomialConfig, DiffusionConfig, GaussianConfig
 from sora_jax.models.mlp import MLPConfig
-from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig, GaussianConfig
+from sora_jax.runs.diffusion import held_out_examples
+from sora_jax.runs.study import mean_over_seeds, report_table
 
 pytestmark = pytest.mark.slow
 
 ROLL = """
-from sora_jax.config import OptimizerConfig, SwissRollConfig
+from sora_jax.config import OptimizerConfig
+from sora_jax.data.toy import SwissRollConfig
 from sora_jax.models.mlp import MLPConfig
-from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
+from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
 
 def config():
     return DiffusionConfig(
@@ -36,9 +38,9 @@ def config():
     )
 """
 BEATS = """
-from sora_jax.config import HeartbeatConfig
+from sora_jax.data.toy import HeartbeatConfig
 from sora_jax.models.mlp import MLPConfig
-from sora_jax.training.tasks.diffusion import BinomialConfig, DiffusionConfig
+from sora_jax.families.diffusion import BinomialConfig, DiffusionConfig
 
 def config():
     return DiffusionConfig(
@@ -123,9 +125,10 @@ def test_a_finished_run_is_reported_again_and_says_the_same(finished, capsys):
 
 
 IMAGES = """
-from sora_jax.config import DeadLeavesConfig, StillsConfig
+from sora_jax.data.dead_leaves import DeadLeavesConfig
+from sora_jax.data.images import StillsConfig
 from sora_jax.models.multiscale import MultiscaleConfig
-from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
+from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
 
 def config():
     return DiffusionConfig(
@@ -138,7 +141,7 @@ def config():
 
 
 def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
-    monkeypatch.setattr("setups.diffusion.MCGSMConfig", functools.partial(MCGSMConfig, num_steps=3, radius=1))
+    monkeypatch.setattr("sora_jax.runs.diffusion.MCGSMConfig", functools.partial(MCGSMConfig, num_steps=3, radius=1))
     data = "DeadLeavesConfig(batch_size=4, size=4, num_images=50)"
     text = IMAGES.format(data=data, discrete=False, sample_every=0)
     (tmp_path / "leaves.py").write_text(text)
@@ -163,7 +166,7 @@ def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
 def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(9, 4, 4, 1)).astype(np.uint8)
     monkeypatch.setattr("sora_jax.data.examples.load_images", lambda *_: (pixels, []))
-    monkeypatch.setattr("setups.diffusion.data_fingerprints", lambda *_: {"train": "a1"})
+    monkeypatch.setattr("sora_jax.runs.diffusion.data_fingerprints", lambda *_: {"train": "a1"})
     text = IMAGES.format(data="StillsConfig(batch_size=4, size=4, path='data')", discrete=True, sample_every=2)
     (tmp_path / "digits.py").write_text(text)
     command = [str(tmp_path / "digits.py"), "--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "f.json")]

@@ -10,7 +10,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 STEPS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from setups.host_memory import keep_freed_memory
+from sora_jax.commands.host_memory import keep_freed_memory
 kept = keep_freed_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: x * 2 + 1)

@@ -1,25 +1,19 @@
-import importlib.util
 import json
 import pathlib
-import sys
 
 import pytest
 import rich.console
-from setups.packed import without_missing_splits
 
-from sora_jax.config import SoraConfig
+from sora_jax.commands import train
+from sora_jax.families.sora import SoraConfig
+from sora_jax.runs.packed import without_missing_splits
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "experiments" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return train
 
 
 @pytest.mark.parametrize(
@@ -107,7 +101,8 @@ def test_help_shows_examples(script, capsys):
 def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
     (tmp_path / "large.py").write_text(
         "import dataclasses\n"
-        "from sora_jax.config import DataConfig, SoraConfig, MeshConfig, PatchConfig\n"
+        "from sora_jax.config import DataConfig, MeshConfig, PatchConfig\n"
+        "from sora_jax.families.sora import SoraConfig\n"
         "from sora_jax.models.sora import SORA_SIZES\n"
         "def config():\n"
         "    model = dataclasses.replace(SORA_SIZES['wan_14b'], attention='splash', remat='full')\n"

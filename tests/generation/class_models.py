@@ -7,14 +7,15 @@ from flax import linen as nn
 from sora_jax.config import PatchConfig
 from sora_jax.config_json import to_json
 from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
+from sora_jax.families.diffusion import GaussianConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.families.load import export_model
 from sora_jax.models import dit
 from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig
 from sora_jax.models.dit import DiT, DiTConfig
-from sora_jax.models.weights import flat_names, tensor_bytes
-from sora_jax.training.checkpoint import export_model
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassSampleConfig
-from sora_jax.training.tasks.diffusion import GaussianConfig
+from sora_jax.models.weights import tensor_bytes
+from sora_jax.provenance import flat_names
 
 LATENTS = DiTConfig(
     image_size=(4, 6), width=16, depth=1, num_heads=2, mlp_dim=16, num_classes=5, frequency_dim=16, attention="xla"

@@ -4,8 +4,10 @@ import jax
 import pytest
 from tiny_model import TEXT_DIM, WordEncoder, random_params
 
-from sora_jax.config import DataConfig, ModelConfig, PatchConfig, SampleConfig, SoraConfig
+from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.families.sora import SampleConfig, SoraConfig
 from sora_jax.generation.pipeline import SoraPipeline
+from sora_jax.models.sora import ModelConfig
 
 
 def make_config():

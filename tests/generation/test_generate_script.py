@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -12,20 +11,10 @@ from class_models import write_autoencoder, write_latent_model, write_pixel_mode
 from PIL import Image
 from tiny_model import random_params
 
-from sora_jax.training.checkpoint import export_model
+from sora_jax.commands import generate
+from sora_jax.families.load import export_model
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "generate.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load_script()
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,21 @@
 import json
 
 import numpy as np
-import prepare_data
 import pytest
-import train
 from class_models import VAE, write_autoencoder
-from evaluations import sampling
 from PIL import Image
 
+from sora_jax.commands import prepare_data, train
+from sora_jax.commands.evaluations import sampling
 from sora_jax.data.latents import LatentSource
-from sora_jax.evaluation.manifest import params_hash
 from sora_jax.models.autoencoder.image_vae import load_image_vae
+from sora_jax.provenance import params_hash
 
 CONFIG = """
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.latents import LatentDataConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 
 def config():
     return ClassConditionalConfig(

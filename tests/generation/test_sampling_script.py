@@ -7,9 +7,9 @@ import types
 import numpy as np
 import pytest
 from class_models import PIXELS, VAE, write_autoencoder, write_latent_model, write_pixel_model
-from evaluations import fid, sampling
 from PIL import Image
 
+from sora_jax.commands.evaluations import fid, sampling
 from sora_jax.evaluation.features import Features
 from sora_jax.evaluation.manifest import SampleManifest, manifest_path, read_manifest
 from sora_jax.generation.class_conditional import ClassConditionalSampler

@@ -7,13 +7,12 @@ import pytest
 from PIL import Image
 
 from sora_jax.data.videos import decode_video
+from sora_jax.files import check_writable, write_whole
 from sora_jax.generation.video_io import (
-    check_writable,
     contact_sheet,
     viewing_scale,
     write_image,
     write_video,
-    write_whole,
 )
 
 

@@ -23,8 +23,8 @@ from sora_jax.models.dit import (
     sincos_positions,
     split_output,
 )
-from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
+from sora_jax.provenance import flat_names
 
 pytestmark = pytest.mark.slow
 

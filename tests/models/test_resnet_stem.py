@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from sora_jax.config_json import from_json, to_json
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig, Unit
 from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params
-from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
+from sora_jax.provenance import flat_names
 from sora_jax.training.flops import count_flops
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from sora_jax.config import ModelConfig
-from sora_jax.models.sora import SORA_SIZES, SoraTransformer, abstract_params, init_params, param_count
+from sora_jax.models.sora import SORA_SIZES, ModelConfig, SoraTransformer, abstract_params, init_params, param_count
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 
 PATCH_DIM, TEXT_DIM, MAX_SEGMENTS = 6, 5, 4

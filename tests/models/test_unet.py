@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from sora_jax.models.layers import sinusoidal_embedding
 from sora_jax.models.unet import ResidualBlock, UNet, UNetConfig, abstract_params, init_params
-from sora_jax.models.weights import flat_names
+from sora_jax.provenance import flat_names
 
 CONFIG = UNetConfig(width=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), num_groups=4, dropout=0.5)
 SHAPE, T = (3, 4, 8, 3), np.array([0, 37, 999])  # one shape for most tests, so that it is compiled once

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from sora_jax.config_json import from_json, to_json
 from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params, init_params, reset_head, resize_images
-from sora_jax.models.weights import flat_names
 from sora_jax.parallel.rules import param_shardings
+from sora_jax.provenance import flat_names
 
 CONFIG = ViTConfig(
     image_size=(8, 12), patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, representation_dim=12, num_classes=5

@@ -22,8 +22,8 @@ from sora_jax.models.vivit import (
     over_space_and_time,
     over_time,
 )
-from sora_jax.models.weights import flat_names
 from sora_jax.patches.patchify import patchify
+from sora_jax.provenance import flat_names
 from sora_jax.training.flops import count_flops
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sora_jax.models.weights import check_shapes, flat_names, read_params, read_tensors, tensor_bytes
+from sora_jax.models.weights import check_shapes, read_params, read_tensors, tensor_bytes
+from sora_jax.provenance import flat_names
 
 
 def test_flat_names():

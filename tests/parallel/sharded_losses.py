@@ -16,7 +16,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "training"))
 import tiny_recognition
 import tiny_run
 
-from sora_jax.config import MeshConfig, StillsConfig
+from sora_jax.config import MeshConfig
+from sora_jax.data.images import StillsConfig
+from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
+from sora_jax.families.registry import make_task
 from sora_jax.models.multiscale import MultiscaleConfig
 from sora_jax.parallel import rules
 from sora_jax.parallel.mesh import make_mesh
@@ -24,8 +27,6 @@ from sora_jax.parallel.multihost import to_global
 from sora_jax.training import state as states
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.step import make_eval_step, make_train_step
-from sora_jax.training.tasks.diffusion import DiffusionConfig, GaussianConfig
-from sora_jax.training.tasks.make import make_task
 
 DIGITS = DiffusionConfig(
     data=StillsConfig(batch_size=8, size=4),

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from sora_jax.config import ModelConfig
 from sora_jax.models import dit, navit, sora, vit, vivit
 from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig
 from sora_jax.models.multiscale import MultiscaleConfig, MultiscaleConvolution
 from sora_jax.models.resnet_stem import ResNetStemConfig
+from sora_jax.models.sora import ModelConfig
 from sora_jax.models.text.minilm import MiniLM, MiniLMConfig
 from sora_jax.models.unet import UNet, UNetConfig
 from sora_jax.parallel.rules import param_shardings

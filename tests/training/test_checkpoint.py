@@ -14,11 +14,12 @@ import safetensors.numpy
 import tiny_run
 
 from sora_jax.config_json import to_json
-from sora_jax.models.weights import flat_names
+from sora_jax.families.load import export_model, load_model
+from sora_jax.families.sora import SoraTask
+from sora_jax.provenance import flat_names
 from sora_jax.training import state as states
-from sora_jax.training.checkpoint import FOLDER, Checkpointer, export_model, load_model
+from sora_jax.training.checkpoint import FOLDER, Checkpointer
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.tasks.sora import SoraTask
 
 CONFIG = tiny_run.CONFIG
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import train
 from tiny_recognition import RandomRows, fill, random_rows
 from tiny_run import assert_same_runs
 
@@ -14,12 +15,12 @@ from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.latents import LatentDataConfig
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.families.diffusion import GaussianConfig
+from sora_jax.families.dit import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.dit import DIT_SIZES, DiTConfig
 from sora_jax.training import state as states
-from sora_jax.training.loop import Outcome, train
-from sora_jax.training.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask, ClassSampleConfig
-from sora_jax.training.tasks.diffusion import GaussianConfig
+from sora_jax.training.loop import Outcome
 
 CONFIG = ClassConditionalConfig(
     data=RecognitionDataConfig(

@@ -7,26 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import train
 from tiny_run import assert_same_runs
 
 from sora_jax.array_types import Array
-from sora_jax.config import (
-    DeadLeavesConfig,
-    HeartbeatConfig,
-    OptimizerConfig,
-    StillsConfig,
-    SwissRollConfig,
-)
+from sora_jax.config import OptimizerConfig
 from sora_jax.config_json import from_json, to_json
+from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.examples import ExampleBatches, example_source
+from sora_jax.data.images import StillsConfig
+from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 from sora_jax.diffusion.gaussian import discrete_levels
-from sora_jax.models.mlp import MLPConfig
-from sora_jax.models.unet import UNetConfig
-from sora_jax.training import state as states
-from sora_jax.training.loop import Outcome, train
-from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.step import update
-from sora_jax.training.tasks.diffusion import (
+from sora_jax.families.diffusion import (
     BinomialConfig,
     DiffusionConfig,
     GaussianConfig,
@@ -34,6 +26,12 @@ from sora_jax.training.tasks.diffusion import (
     diffusion_task,
     spread_steps,
 )
+from sora_jax.models.mlp import MLPConfig
+from sora_jax.models.unet import UNetConfig
+from sora_jax.training import state as states
+from sora_jax.training.loop import Outcome
+from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.step import update
 
 ROLL = DiffusionConfig(
     data=SwissRollConfig(batch_size=8),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny_run
 
+from sora_jax.families.sora import SoraTask, forward_flops
 from sora_jax.models.sora import SORA_SIZES
 from sora_jax.training import state as states
 from sora_jax.training.flops import count_flops, step_flops
-from sora_jax.training.tasks.sora import SoraTask, forward_flops
 
 
 def test_matrix_product_scan_and_convolution():

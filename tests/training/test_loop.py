@@ -11,12 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+from helpers.runs import train
 from PIL import Image
 from tiny_run import assert_same_runs
 
+from sora_jax.families.load import load_model
 from sora_jax.training import loop
-from sora_jax.training.checkpoint import FOLDER, load_model
-from sora_jax.training.loop import NonFiniteLossError, Outcome, train
+from sora_jax.training.checkpoint import FOLDER
+from sora_jax.training.loop import NonFiniteLossError, Outcome
 from sora_jax.training.run_directory import ConfigChangedError, DataChangedError
 from sora_jax.training.telemetry import Telemetry
 
@@ -312,13 +314,13 @@ def test_held_out_loss_has_the_same_batches_times_and_noise_each_time(tmp_path):
 def test_fine_tuning_starts_from_the_averaged_parameters(straight, tmp_path):
     _, reference = straight
     still = tiny_run.config(num_steps=1, optimizer={"learning_rate": 1e-12, "weight_decay": 0.0})
-    train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=reference)
+    train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=lambda: load_model(reference)[1])
     start, tuned = load_model(reference)[1], load_model(tmp_path / "tuned", averaged=False)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), start, tuned)
 
     wider = tiny_run.config(model={"mlp_dim": 48})
     with pytest.raises(ValueError, match=r"init_from .* is of another model: blocks\.mlp\.mlp\.fc1\.bias"):
-        train(wider, tmp_path / "wider", tiny_run.opener(wider), init_from=reference)
+        train(wider, tmp_path / "wider", tiny_run.opener(wider), init_from=lambda: load_model(reference)[1])
     assert not (tmp_path / "wider").exists()
 
 

@@ -14,10 +14,10 @@ from test_class_conditional_task import FIXED as FIXED_DIT
 
 from sora_jax.config import FlowConfig
 from sora_jax.diffusion.losses import flow_loss
+from sora_jax.families.registry import make_task
 from sora_jax.patches.segments import without_padding
 from sora_jax.training import state as states
 from sora_jax.training.contrastive import classification_loss, contrastive_loss
-from sora_jax.training.tasks.make import make_task
 
 SORA = tiny_run.CONFIG
 CONFIGS = {

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 import tiny_recognition
 
-from sora_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SoraConfig
-from sora_jax.models.sora import SORA_SIZES
+from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from sora_jax.configs import load_config
+from sora_jax.families.sora import SoraConfig
+from sora_jax.models.sora import SORA_SIZES, ModelConfig
 from sora_jax.parallel import rules
 from sora_jax.parallel.attention import DENSE_KEYS, attention_for
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.training import plan
+from sora_jax.runs import plan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "experiments" / "plan_tpu.py"
@@ -42,14 +44,6 @@ def small_config(**model):
 
 def with_attention(config, name):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
-
-
-def named_config(name):
-    """Returns the config of a file in experiments/configs."""
-    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "experiments" / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.config()
 
 
 def run_script(*arguments):
@@ -107,7 +101,7 @@ class TestWithCompiler:
             plan.topology_devices(name)
 
     def test_sora_xl_fits_eight_chips(self, capsys):
-        config = named_config("sora_xl")
+        config = load_config("sora_xl")
         assert (config.model.width, config.model.depth, config.model.attention) == (1152, 28, "splash")
         result = plan.plan_step(config, "v5e:2x4")
         with capsys.disabled():
@@ -130,7 +124,7 @@ class TestWithCompiler:
         ("name", "batch_size"), [("dit_xl_2", 256), ("navit_stills", 16), ("navit_captions", 16), ("vit_b_16", 64)]
     )
     def test_splash_compiles_for_every_family(self, name, batch_size):
-        config = with_attention(named_config(name), "splash")
+        config = with_attention(load_config(name), "splash")
         model = dataclasses.replace(config.model, depth=1)
         data = dataclasses.replace(config.data, batch_size=batch_size)
         result = plan.plan_step(dataclasses.replace(config, model=model, data=data), "v5e:4x4")

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from helpers.runs import train
 from tiny_recognition import NATIVE, NAVIT, PAIRS, VIT, VIVIT, RandomRows, fill, random_batch, random_rows
 from tiny_run import assert_same_runs
 
 from sora_jax.config import PatchConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.recognition import FixedSize, NativeSize
+from sora_jax.families.recognition import (
+    ClassificationTask,
+    ContrastiveTask,
+)
+from sora_jax.families.registry import make_task
 from sora_jax.models.fine_tune import start_from
 from sora_jax.models.navit import NaViT
 from sora_jax.models.vit import ViT
@@ -23,12 +29,7 @@ from sora_jax.models.vivit import ViViT
 from sora_jax.patches.patchify import patchify
 from sora_jax.training import state as states
 from sora_jax.training.flops import count_flops
-from sora_jax.training.loop import Outcome, train
-from sora_jax.training.tasks.recognition import (
-    ClassificationTask,
-    ContrastiveTask,
-    recognition_task,
-)
+from sora_jax.training.loop import Outcome
 
 
 def random_params(task):
@@ -40,13 +41,13 @@ def random_params(task):
 
 @functools.cache
 def compiled_loss(config):
-    task = recognition_task(config)
+    task = make_task(config)
     return jax.jit(lambda params, batch: task.loss(params, batch, jnp.arange(4), jax.random.key(0), training=False))
 
 
 @pytest.mark.parametrize("config", [NAVIT, VIT, VIVIT, PAIRS], ids=["navit", "vit", "vivit", "contrastive"])
 def test_batches_are_as_the_task_says(config):
-    task, batch = recognition_task(config), random_batch(0, config)
+    task, batch = make_task(config), random_batch(0, config)
     for name, expected, found in zip(batch._fields, task.abstract_batch(), batch, strict=True):
         assert (expected.shape, expected.dtype) == (found.shape, found.dtype), name
     assert task.abstract_batch(7).labels.shape == (7, config.data.max_segments)

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tiny_run
+from helpers.runs import train
 
 from sora_jax.config import DataConfig, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
@@ -22,7 +23,7 @@ from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.data.sources import open_source
 from sora_jax.training.checkpoint import FOLDER, latest_step
-from sora_jax.training.loop import Outcome, train
+from sora_jax.training.loop import Outcome
 from sora_jax.training.run_directory import DataChangedError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_stopped_in_the_middle_of_packing(clips, tmp_path):
 
 
 CONFIG_FILE = """
-from sora_jax.config import SoraConfig
+from sora_jax.families.sora import SoraConfig
 from sora_jax.config_json import from_json
 
 def config():

@@ -7,11 +7,11 @@ import pytest
 import tiny_run
 
 from sora_jax.array_types import PackedBatch
+from sora_jax.families.sora import SoraTask, count_tokens, draw_noise, weighted_loss
 from sora_jax.training import state as states
 from sora_jax.training import streams
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.step import update
-from sora_jax.training.tasks.sora import SoraTask, count_tokens, draw_noise, weighted_loss
 
 
 class ZeroModel:

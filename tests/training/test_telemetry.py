@@ -9,7 +9,7 @@ import rich.console
 import tiny_run
 from tensorboardX.proto import event_pb2
 
-from sora_jax.training.tasks.sora import SoraTask, model_flops
+from sora_jax.families.sora import SoraTask, model_flops
 from sora_jax.training.telemetry import Telemetry, interval_figures
 
 COUNTS = {"real_tokens": 48.0, "text_tokens": 10.0, "clips": 4.0, "self_pairs": 600.0, "cross_pairs": 120.0}

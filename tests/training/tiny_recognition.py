@@ -6,12 +6,12 @@ import numpy as np
 
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
+from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.vit import ViTConfig
 from sora_jax.models.vivit import ViViTConfig
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.patches.token_drop import ConstantDrop
-from sora_jax.training.tasks.recognition import ClassificationConfig, ContrastiveConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 RUN = dict(optimizer=OPTIMIZER, num_steps=6, log_every=2, eval_every=3, eval_batches=2, save_every=100)

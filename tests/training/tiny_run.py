@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from sora_jax.config import DataConfig, ModelConfig, OptimizerConfig, PatchConfig, SoraConfig
+from sora_jax.config import DataConfig, OptimizerConfig, PatchConfig
+from sora_jax.families.registry import make_task
+from sora_jax.families.sora import SoraConfig
+from sora_jax.models.sora import ModelConfig
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 from sora_jax.training import state as states
 from sora_jax.training.checkpoint import Checkpointer
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.tasks.make import make_task
 
 CONFIG = SoraConfig(
     model=ModelConfig(width=16, depth=2, num_heads=2, mlp_dim=32, text_dim=8, frequency_dim=8, attention="xla"),

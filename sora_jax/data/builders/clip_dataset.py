@@ -17,8 +17,9 @@ from etils import epath
 
 from sora_jax.data.builders import writer
 from sora_jax.data.builders.parts import ClipTask, Convert, Encoding, encode_parts, fingerprint
-from sora_jax.data.records import ClipMetadata, clip_features, write_atomically
+from sora_jax.data.records import ClipMetadata, clip_features
 from sora_jax.data.sources import ClipSource
+from sora_jax.files import write_whole
 
 REPORT = "report.json"
 
@@ -112,7 +113,7 @@ def prepare(
     converted = [entry for parts in encoded.values() for part in parts for entry in part.converted]
     report["num_converted"] = dict(collections.Counter(entry["change"] for entry in converted))
     report["converted"] = converted
-    write_atomically(whole / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(whole / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     target.parent.mkdir(exist_ok=True)
     whole.replace(target)
     work.rmtree()

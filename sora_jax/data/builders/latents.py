@@ -25,8 +25,8 @@ from tqdm import tqdm
 from sora_jax.array_types import Float, NumpyArray
 from sora_jax.data.builders import writer
 from sora_jax.data.decode import UnreadableClipError, decode_frames
-from sora_jax.data.records import write_atomically
 from sora_jax.data.sources import ClipSource, find_dataset, split_names
+from sora_jax.files import write_whole
 
 VERSION = "1.0.0"
 REPORT, REQUEST = "report.json", "request.json"
@@ -223,7 +223,7 @@ def _claim(target: epath.Path, mark: dict[str, Any]) -> None:
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"output {target} holds another data set already; remove it or name another directory.")
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / REQUEST, json.dumps(mark, indent=2) + "\n")
+    write_whole(target / REQUEST, json.dumps(mark, indent=2) + "\n")
 
 
 def _records(
@@ -310,7 +310,7 @@ def _finish(
     report["splits"] = {split.name: {"num_examples": sum(split.lengths)} for split in splits}
     report["num_bytes"] = {split.name: split.num_bytes for split in splits}
     report |= {"shape": list(shape), "num_left_out": {"clips of several frames": left_out} if left_out else {}}
-    write_atomically(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     for part in parts:
         writer.forget_summary(target / part.file)
     return report

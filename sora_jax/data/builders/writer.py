@@ -31,7 +31,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.data.records import write_atomically
+from sora_jax.files import write_whole
 
 _OPTIONS = "group_size:1,uncompressed"  # one record can be read alone; pictures and noise pack badly
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read singly
@@ -115,7 +115,7 @@ def write_part(
             sizes.append(len(record))
     content = {"clip_ids": ids.tolist(), "sizes": sizes.tolist()}
     content |= {"skipped": list(skipped), "converted": list(converted)}
-    write_atomically(_summary_path(path), json.dumps(content))
+    write_whole(_summary_path(path), json.dumps(content))
 
 
 class _RecordWriter(contextlib.AbstractContextManager):

@@ -1,0 +1,1 @@
+"""The command lines: what experiments/*.py and the console scripts run."""

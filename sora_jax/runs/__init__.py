@@ -1,0 +1,1 @@
+"""What a run of a family needs and reports."""

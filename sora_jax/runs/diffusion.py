@@ -1,0 +1,205 @@
+"""What a run of discrete diffusion needs: its examples, its sample sheets, and the report on its likelihood."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import rich.console
+from etils import epath
+
+from sora_jax.array_types import PyTree
+from sora_jax.data.dead_leaves import DeadLeavesConfig
+from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
+from sora_jax.data.identity import data_fingerprints
+from sora_jax.data.images import StillsConfig
+from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig, heartbeat_sequences, swiss_roll_log_density
+from sora_jax.diffusion import likelihood
+from sora_jax.diffusion.binomial import null_bits
+from sora_jax.evaluation.bound import BoundEstimate, estimate_bound
+from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian, fit_mcgsm
+from sora_jax.families.diffusion import DiffusionConfig, diffusion_task
+from sora_jax.families.load import load_model
+from sora_jax.files import write_whole
+from sora_jax.generation.progress import ProgressBar
+from sora_jax.runs import pictures
+from sora_jax.runs.run import Report
+
+HELD_OUT_SEED = 20_150_312  # of generated examples, which no run is trained on
+BATCH = 256  # examples that the bound is taken of at a time
+
+
+class DiffusionRun:
+    """A run on examples of one shape.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run.
+        console: for messages.
+
+    Attributes:
+        config: of the experiment.
+        data_fingerprints: returns digests of the splits that are read, none of examples that are generated.
+        unit: of the report's figures.
+        headline: key and name of the figure that the report is about.
+
+    Raises:
+        ValueError: no data set at `config.data.path`, or too few held-out examples in it.
+    """
+
+    unit, headline = "bits", ("k_bits", "k")
+
+    def __init__(self, config: DiffusionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
+        self.config = config
+        self._workdir, self._console = workdir, console
+        self._task = diffusion_task(config)
+        splits = (config.data.split, *config.data.eval_splits)
+        self.data_fingerprints = functools.partial(data_fingerprints, config.data, splits)
+        self._held_out = held_out_examples(config)  # before a run that could not be scored
+
+    def initial_params(self, path: str) -> Callable[[], PyTree]:
+        """Returns what reads the parameters of a run or an exported model of the same kind."""
+        return lambda: load_model(path, kind=type(self.config))[1]
+
+    def open_batches(self, split: str, training: bool) -> ExampleBatches:
+        """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
+        return ExampleBatches(
+            example_source(self.config.data, split),
+            self.config.seed if training else HELD_OUT_SEED,
+            self.config.data.batch_size,
+            None if training else self.config.eval_batches,
+            jax.process_index(),
+            jax.process_count(),
+        )
+
+    def sample_sheet(self, params: PyTree) -> np.ndarray:
+        """Returns a picture of images sampled by few steps, (H, W, 3) uint8."""
+        return pictures.sample_sheet(self._task, params)
+
+    def selection_score(self) -> float:
+        """Raises NotImplementedError: no grid of learning rates is run."""
+        raise NotImplementedError("an experiment in diffusion has no learning_rates to choose from.")
+
+    def prepare_report(self) -> None:
+        """Does nothing: no host needs another for it."""
+
+    def report(self) -> Report:
+        """Scores the finished run; writes its figures and pictures into its directory.
+
+        Returns:
+            `k_bits` and `k_stderr`, the bound and its standard error over the held-out examples, and what else is known
+            of the data, all per `unit`.
+        """
+        params = jax.device_put(load_model(self._workdir, kind=DiffusionConfig)[1])
+        held_out = self._held_out
+        bar = ProgressBar("bound")
+        batches = self.config.num_draws * math.ceil(len(held_out) / min(BATCH, len(held_out)))
+        estimate = estimate_bound(
+            lambda x, key: self._task.bound(params, x, key),
+            held_out,
+            jax.random.key(HELD_OUT_SEED),
+            num_draws=self.config.num_draws,
+            batch_size=BATCH,
+            progress=lambda done: bar(done, batches),
+        )
+        figures = score(self.config, estimate, held_out, self._console)
+        write_whole(self._workdir / "report.json", json.dumps(figures, indent=2) + "\n")
+        for name, png in pictures.draw(self._task, params, estimate, held_out).items():
+            write_whole(self._workdir / name, png)
+        return figures
+
+    @staticmethod
+    def compare(means: dict[str, Report], workdir: epath.Path) -> None:
+        """Does nothing: what stands side by side says it."""
+
+    @staticmethod
+    def beside(config: DiffusionConfig, other: DiffusionConfig, name: str) -> DiffusionConfig:
+        """Returns another experiment as it is run beside one: on its data, seeds and held-out examples.
+
+        Raises:
+            ValueError: it is on another kind of data.
+        """
+        if type(config.data) is not type(other.data):
+            kinds = f"{type(config.data).__name__}, got {name!r} with {type(other.data).__name__}"
+            raise ValueError(f"beside must name experiments on the same kind of data, {kinds}.")
+        return dataclasses.replace(
+            other,
+            data=dataclasses.replace(config.data, batch_size=other.data.batch_size),
+            **{field: getattr(config, field) for field in ("seed", "num_seeds", "num_held_out", "num_draws")},
+        )
+
+
+def held_out_examples(config: DiffusionConfig) -> np.ndarray:
+    """Returns the `num_held_out` examples that a model is scored on, float32.
+
+    The heartbeat's are all of its sequences, in turn.
+
+    Raises:
+        ValueError: fewer are held out than are asked for, or sequences would not count the same.
+    """
+    data, count = config.data, config.num_held_out
+    if isinstance(data, HeartbeatConfig):
+        sequences = heartbeat_sequences()
+        if count % len(sequences):
+            raise ValueError(f"num_held_out must be a multiple of the {len(sequences)} sequences, got {count}.")
+        return np.tile(sequences, (count // len(sequences), 1))
+    if isinstance(data, SwissRollConfig):
+        return example_source(data, data.eval_splits[0])(np.random.default_rng(HELD_OUT_SEED), count)
+    images = example_images(data, data.eval_splits[0], count)
+    if len(images) < count:
+        raise ValueError(
+            f"num_held_out must be at most the {len(images)} images of {data.eval_splits[0]}, got {count}."
+        )
+    return images
+
+
+def score(
+    config: DiffusionConfig, estimate: BoundEstimate, held_out: np.ndarray, console: rich.console.Console
+) -> Report:
+    """Returns the bound of held-out examples beside what else is known of their log-likelihood, in bits a unit."""
+    data = config.data
+    per_value = isinstance(data, DeadLeavesConfig | StillsConfig)
+    num_values = held_out[0].size if per_value else 1
+    figures: Report = {
+        "unit": "value" if per_value else "example",
+        "k_bits": estimate.mean / num_values,
+        "k_stderr": estimate.standard_error / num_values,
+    }
+    if isinstance(data, HeartbeatConfig):
+        figures |= {"null_bits": null_bits(held_out.shape[1]), "true_bits": -math.log2(len(heartbeat_sequences()))}
+    elif isinstance(data, StillsConfig):
+        figures["bits_per_dim"] = -figures["k_bits"]
+        curve = likelihood.rate_distortion(estimate.terms, num_values)
+        figures |= {"rate": np.asarray(curve.rate).tolist(), "distortion": np.asarray(curve.distortion).tolist()}
+    else:
+        figures["null_bits"] = float(np.mean(likelihood.null_bits(held_out))) / num_values
+    if isinstance(data, SwissRollConfig):
+        true = likelihood.bits(swiss_roll_log_density(held_out, data.noise))
+        gap = true - estimate.k  # of the same points, so that its error is smaller than that of either
+        figures |= {"noise": data.noise, "true_bits": float(true.mean())}
+        figures["gap_stderr"] = float(gap.std(ddof=1) / math.sqrt(len(gap)))
+    if isinstance(data, DeadLeavesConfig):
+        console.print("fitting the Gaussian and the autoregressive baseline", highlight=False)
+        figures |= {"size": data.size, "smallest_radius": data.radii[0], "largest_radius": data.radii[1]}
+        figures |= {"pixel_noise": data.pixel_noise, "num_images": data.num_images}
+        figures |= baselines(data)(held_out)
+    if "null_bits" in figures:
+        figures["gain_bits"] = figures["k_bits"] - figures["null_bits"]
+    if "true_bits" in figures:
+        figures["gap_bits"] = figures["true_bits"] - figures["k_bits"]
+    return figures
+
+
+@functools.cache
+def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
+    """Returns what gives the mean log-likelihood of images under densities fitted to those that are trained on."""
+    images = example_images(data, TRAIN)
+    densities = {"gaussian_bits": fit_gaussian(images), "mcgsm_bits": fit_mcgsm(images, MCGSMConfig())}
+    return lambda held_out: {
+        name: float(density.log_density(held_out).mean()) / held_out[0].size for name, density in densities.items()
+    }

@@ -1,0 +1,189 @@
+"""Pictures of an experiment in discrete diffusion: samples, the way to noise and back, and the bound's terms."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.array_types import Array, PyTree
+from sora_jax.data.dead_leaves import DeadLeavesConfig
+from sora_jax.data.images import StillsConfig
+from sora_jax.data.toy import SwissRollConfig
+from sora_jax.diffusion import binomial, likelihood, samplers
+from sora_jax.diffusion.gaussian import Levels, corrupt, posterior
+from sora_jax.diffusion.guidance import Multiplied, inpainting
+from sora_jax.diffusion.samplers import DDIM, Ancestral, Denoise, Sampler
+from sora_jax.diffusion.schedules import respaced_steps
+from sora_jax.evaluation import plots
+from sora_jax.evaluation.bound import BoundEstimate
+from sora_jax.families.diffusion import BinomialTask, DiffusionTask, GaussianTask
+from sora_jax.generation.progress import ProgressBar
+from sora_jax.pixels import check_steps
+
+Pictures = dict[str, bytes]  # PNGs by the names of their files
+SEED = 0
+PARTS = 4  # of a trajectory
+SHEET_STEPS = 50  # of a sample sheet
+NOISE = 0.5  # standard deviation of what is removed again
+
+
+def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out: np.ndarray) -> Pictures:
+    """Returns all pictures of a trained model.
+
+    Args:
+        task: what was trained.
+        params: of the model.
+        estimate: of its bound.
+        held_out: examples, (N, ...).
+    """
+    data, count = task.config.data, task.config.num_samples
+    num_values = held_out[0].size if held_out.ndim == 4 else 1
+    terms = np.asarray(likelihood.bits(estimate.terms.steps))[::-1, 0] / num_values
+    pictures = {"bound.png": plots.bound_terms(terms, "value" if num_values > 1 else "example")}
+    if isinstance(task, BinomialTask):
+        return pictures | {"trajectories.png": heartbeat_trajectories(task, params, held_out[:count])}
+    if isinstance(data, SwissRollConfig):
+        return pictures | {"trajectories.png": point_trajectories(task, params, held_out[:count])}
+    path = reverse_path(task, params, count, "samples")
+    columns = min(count, len(held_out), 8)
+    samples = path[-1][: count // columns * columns]
+    pictures["samples.png"] = plots.png_bytes(
+        plots.image_grid(list(scaled(task, samples).reshape(-1, columns, *samples.shape[1:])))
+    )
+    forward = [scaled(task, x[:columns]) for x in forward_path(task, params, held_out[:columns])]
+    reverse = [scaled(task, x[:columns]) for x in path]
+    pictures["trajectories.png"] = plots.png_bytes(plots.image_grid([*forward, *reverse]))
+    if isinstance(data, DeadLeavesConfig):
+        pictures["inpainting.png"] = inpainted(task, params, held_out[:columns])
+        pictures["denoising.png"] = denoised(task, params, held_out[:columns])
+    if isinstance(data, StillsConfig):
+        curve = likelihood.rate_distortion(estimate.terms, num_values)
+        pictures["rate_distortion.png"] = plots.rate_distortion(np.asarray(curve.rate), np.asarray(curve.distortion))
+    return pictures
+
+
+def sample_sheet(task: GaussianTask, params: PyTree) -> np.ndarray:
+    """Returns a picture of images sampled by few steps of DDIM, (H, W, 3) uint8."""
+    num_levels = task.config.process.num_levels
+    steps = respaced_steps(num_levels, min(SHEET_STEPS, num_levels), "linspace")
+    places = [*(num_levels - 1 - steps[::-1]), num_levels]
+    levels = Levels(*(np.asarray(a)[places] for a in task.levels(params)))
+    samples = run_chain(task, task.denoise(params), levels, DDIM(), task.config.num_samples, 1, "samples")[-1]
+    columns = min(len(samples), 8)
+    kept = scaled(task, samples[: len(samples) // columns * columns])
+    return plots.image_grid(list(kept.reshape(-1, columns, *kept.shape[1:])))
+
+
+def scaled(task: DiffusionTask, x: np.ndarray) -> np.ndarray:
+    """Returns images in [-1, 1]: 8-bit ones as they are, others within two standard deviations."""
+    return x if task.config.process.discrete else x / 2
+
+
+def run_chain(
+    task: GaussianTask, denoise: Denoise, levels: Levels, sampler: Sampler, count: int, num_parts: int, title: str
+) -> list[np.ndarray]:
+    """Samples from noise and returns the states after each of equal parts of the way, the noise first."""
+    levels = Levels(*(np.asarray(a) for a in levels))
+    key = jax.random.key(SEED)
+    shape = (count, *task.config.data.shape)
+    noise = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape)  # noqa: E731
+    chunk = jax.jit(lambda state, levels: samplers.sample_chunk(denoise, state, levels, sampler, noise))
+    num_steps = len(levels.sigma) - 1
+    ends = [round(num_steps * part / num_parts) for part in range(num_parts + 1)]
+    x = jax.random.normal(jax.random.fold_in(key, num_steps), shape)
+    state, path, bar = samplers.start(sampler, x, levels), [np.asarray(x)], ProgressBar(title)
+    for first, last in itertools.pairwise(ends):
+        bar(first, num_steps)
+        state = chunk(state, Levels(*(a[first : last + 1] for a in levels)))
+        path.append(np.asarray(state.x))
+    bar(num_steps, num_steps)
+    steps = np.asarray(state.first_bad).reshape(count, -1)
+    steps = np.where(steps < 0, num_steps, steps).min(axis=1)
+    names = [f"sample {i} ({title})" for i in range(count)]
+    check_steps(np.where(steps < num_steps, steps, -1), names, num_steps, "the model itself makes them so")
+    return path
+
+
+def reverse_path(task: GaussianTask, params: PyTree, count: int, title: str) -> list[np.ndarray]:
+    """Returns samples of the reverse chain along the way."""
+    sampler = Ancestral(task.config.process.variance)
+    return run_chain(task, task.denoise(params), task.levels(params), sampler, count, PARTS, title)
+
+
+def forward_path(task: GaussianTask, params: PyTree, x0: np.ndarray) -> list[np.ndarray]:
+    """Returns data on its way to noise, at the places of `reverse_path` from data on."""
+    levels = task.levels(params)
+    num_steps = len(levels.sigma) - 1
+    noise = np.random.default_rng(SEED).standard_normal(x0.shape).astype(np.float32)
+    places = [num_steps - round(num_steps * part / PARTS) for part in range(PARTS + 1)]
+    return [np.asarray(corrupt(x0, noise, levels.alpha[i], levels.sigma[i])) for i in places]
+
+
+def titles(num_steps: int) -> list[str]:
+    """Returns the names of the places of a path, from data on."""
+    return [f"t = {round(num_steps * part / PARTS)}" for part in range(PARTS + 1)]
+
+
+def point_trajectories(task: GaussianTask, params: PyTree, x0: np.ndarray) -> bytes:
+    """Returns Figure 1 of the paper: forward, reverse, and the drift of the reverse mean, by columns of time."""
+    levels = Levels(*(jnp.asarray(a) for a in task.levels(params)))
+    num_steps = len(levels.sigma) - 1
+    names = titles(num_steps)
+    forward = dict(zip(names, forward_path(task, params, x0), strict=True))
+    reverse = dict(zip(names, reverse_path(task, params, len(x0), "samples")[::-1], strict=True))
+    at = np.stack(np.meshgrid(*[np.linspace(-2.7, 2.7, 13, dtype=np.float32)] * 2), axis=-1).reshape(-1, 2)
+
+    @jax.jit
+    def drift(index: Array) -> Array:
+        now, to = (Levels(*(a[i] for a in levels)) for i in (index, index + 1))
+        q = posterior(now, to)
+        return q.xt * at + q.x0 * task.denoise(params)(at, now).x0 - at
+
+    places = [max(num_steps - 1 - round(num_steps * part / PARTS), 0) for part in range(PARTS + 1)]
+    arrows = {name: (at, np.asarray(drift(i))) for name, i in zip(names, places, strict=True)}
+    return plots.point_trajectories(forward, reverse, arrows)
+
+
+def heartbeat_trajectories(task: BinomialTask, params: PyTree, x0: np.ndarray) -> bytes:
+    """Returns Figure 2 of the paper: heartbeats on their way to coins, and coins on their way to heartbeats."""
+    betas = task.config.process.betas()
+    shape, num_steps = x0.shape, len(betas)
+    path = np.asarray(
+        jax.jit(lambda: binomial.trajectory(task.network_of(params), shape, betas, jax.random.key(SEED)))()
+    )
+    kept = np.append(1.0, binomial.kept(betas))
+    places = [round(num_steps * part / PARTS) for part in range(PARTS + 1)]
+    keys = jax.random.split(jax.random.key(SEED + 1), len(places))
+    forward = [np.asarray(binomial.draw(k, binomial.marginal(x0, kept[t]))) for k, t in zip(keys, places, strict=True)]
+    names = titles(num_steps)
+    reverse = {name: path[num_steps - t] for name, t in zip(names, places, strict=True)}
+    return plots.bit_trajectories(dict(zip(names, forward, strict=True)), reverse)
+
+
+def inpainted(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
+    """Returns images, the same with a square hole, and the hole filled by the reverse chain (section 2.5)."""
+    size = images.shape[1]
+    known = np.ones((1, size, size, 1), bool)
+    known[:, size // 4 : size - size // 4, size // 4 : size - size // 4] = False
+    key = jax.random.key(SEED + 1)
+    index_noise = lambda level: jax.random.normal(  # noqa: E731
+        jax.random.fold_in(key, jnp.int32(level.time)), images.shape
+    )
+    denoise = inpainting(task.denoise(params), jnp.asarray(images), jnp.asarray(known), index_noise)
+    sampler = Ancestral(task.config.process.variance)
+    filled = run_chain(task, denoise, task.levels(params), sampler, len(images), 1, "inpainting")[-1]
+    rows = [scaled(task, x) for x in (images, np.where(known, images, 2.0), filled)]
+    return plots.png_bytes(plots.image_grid(rows))
+
+
+def denoised(task: GaussianTask, params: PyTree, images: np.ndarray) -> bytes:
+    """Returns images, the same with noise, and draws of p(x) r(x), r = N(noisy; x, s^2) (section 2.5)."""
+    noise = np.random.default_rng(SEED).standard_normal(images.shape).astype(np.float32)
+    noisy = images + NOISE * noise
+    sampler = Multiplied(lambda x: (noisy - x) / NOISE**2)
+    path = run_chain(task, task.denoise(params), task.levels(params), sampler, len(images), 1, "denoising")
+    rows = [scaled(task, x) for x in (images, noisy, path[-1])]
+    return plots.png_bytes(plots.image_grid(rows))

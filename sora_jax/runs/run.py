@@ -1,0 +1,81 @@
+"""What a run of a family is to the training command: data, sample sheets and, of a study, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import rich.console
+from etils import epath
+
+from sora_jax.array_types import PyTree
+from sora_jax.config import ExperimentConfig
+from sora_jax.families.registry import family_of, load
+from sora_jax.training.loop import Batches
+
+Report = dict[str, Any]
+
+
+class Run(Protocol):
+    """Made of (config, workdir, console); raises ValueError where the data or the config cannot work.
+
+    Attributes:
+        config: of the experiment, without what its data lacks.
+        sample_sheet: draws a sheet, (H, W, 3) uint8, of the averaged parameters; None where there is nothing to draw.
+    """
+
+    config: Any
+    sample_sheet: Callable[[PyTree], np.ndarray] | None
+
+    def data_fingerprints(self) -> dict[str, str]:
+        """Returns digests of the splits that are read (`sora_jax.data.identity`)."""
+
+    def open_batches(self, split: str, training: bool) -> Batches:
+        """Opens a split: endless where it is trained on."""
+
+    def initial_params(self, path: str) -> Callable[[], PyTree]:
+        """Returns what gives the parameters that a new run starts from.
+
+        Args:
+            path: of a run, an exported model or whatever else the family starts from.
+        """
+
+
+class Study(Run, Protocol):
+    """A run of a `sora_jax.config.StudyConfig`, which ends with a report.
+
+    Attributes:
+        unit: of the report's figures.
+        headline: key and name of the figure that the report is about.
+    """
+
+    unit: str
+    headline: tuple[str, str]
+
+    def selection_score(self) -> float:
+        """Returns the headline of the finished run on the split that learning rates are compared on."""
+
+    def prepare_report(self) -> None:
+        """Does, on every host at once, what the report needs of all of them."""
+
+    def report(self) -> Report:
+        """Scores the finished run; writes its figures and pictures into its directory and returns the figures."""
+
+    @staticmethod
+    def beside(config: Any, other: Any, name: str) -> Any:
+        """Returns another experiment as it is run beside one; ValueError where the two cannot be compared."""
+
+    @staticmethod
+    def compare(means: dict[str, Report], workdir: epath.Path) -> None:
+        """Adds to the figures what only several experiments say, and draws them in one picture."""
+
+
+def run_class(config: ExperimentConfig) -> Any:
+    """Returns the class of the runs of a config's family."""
+    return load(family_of(config).run)
+
+
+def make_run(config: ExperimentConfig, workdir: epath.Path, console: rich.console.Console) -> Any:
+    """Returns a run of an experiment: a `Run`, of a study a `Study`."""
+    return run_class(config)(config, workdir, console)

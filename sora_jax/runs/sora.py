@@ -1,0 +1,81 @@
+"""What a run of `SoraTransformer` needs: captions, packed rows and sample sheets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import rich.console
+from etils import epath
+
+from sora_jax.array_types import PyTree
+from sora_jax.data.identity import data_fingerprints
+from sora_jax.families.load import load_model
+from sora_jax.families.sora import SoraConfig
+from sora_jax.runs import packed
+
+
+class SoraRun:
+    """A run on a prepared data set of captioned clips.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run.
+        console: for messages.
+
+    Attributes:
+        config: without the held-out splits that the data set lacks.
+        data_fingerprints: returns digests of the splits that are read.
+        sample_sheet: draws the prompts of `config.sample`.
+
+    Raises:
+        ValueError: patches that no pixels can be cut into, or no data set at `config.data.path`.
+    """
+
+    def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
+        from sora_jax.data.pipeline import check_channels
+
+        check_channels(config.patch)  # before the captions are encoded, which takes a while
+        self.config = packed.without_missing_splits(config, console)
+        self.sample_sheet = SampleSheet(self.config)
+        # The captions are encoded once all else has been checked.
+        data = self.config.data
+        splits = (data.split, *(data.eval_splits if config.eval_every else ()))
+        self._captions = functools.cache(
+            lambda: packed.caption_table(data, config.model.text_dim, splits, workdir, console)
+        )
+        self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
+
+    def initial_params(self, path: str) -> Callable[[], PyTree]:
+        """Returns what reads the parameters of a run or an exported model of the same kind."""
+        return lambda: load_model(path, kind=type(self.config))[1]
+
+    def open_batches(self, split: str, training: bool) -> Any:
+        """Opens the pipeline of a split; see `packed.open_pipeline`."""
+        return packed.open_pipeline(self.config, self._captions(), split, training)
+
+
+class SampleSheet:
+    """Draws the clips that `config.sample` asks for as a contact sheet; compiles and reads the text encoder once.
+
+    Args:
+        config: of the experiment.
+    """
+
+    def __init__(self, config: SoraConfig) -> None:
+        self._config = config
+        self._pipeline: Any = None
+
+    def __call__(self, params: PyTree) -> np.ndarray:
+        """Returns (H, W, 3) uint8: a row a prompt, its frames from left to right."""
+        from sora_jax.generation.pipeline import SoraPipeline
+        from sora_jax.generation.video_io import contact_sheet
+        from sora_jax.models.text.minilm import load_text_encoder
+
+        if self._pipeline is None:
+            self._pipeline = SoraPipeline(self._config, params, load_text_encoder())
+        self._pipeline.params = params
+        prompts = self._config.sample.prompts
+        return contact_sheet(self._pipeline(prompts), prompts)

@@ -1,1 +1,0 @@
-"""What runs train: a file a kind of model."""
