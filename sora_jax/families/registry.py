@@ -6,6 +6,7 @@ A family is a file here (its config, its task and its network call), its network
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.attention import AttentionFn, xla_attention
+from sora_jax.models.attention import xla_attention
 from sora_jax.parallel.attention import attention_for
 from sora_jax.training.task import Task
 
@@ -94,31 +95,25 @@ def config_class(kind: str) -> type[ExperimentConfig]:
     return load(FAMILIES[kind].config)
 
 
-def make_task(config: ExperimentConfig, attention_fn: AttentionFn = xla_attention) -> Task:
+def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str | None = None) -> Task:
     """Returns what an experiment trains.
 
     Args:
         config: of the experiment.
-        attention_fn: the attention kernel; the reference suffices for shapes and counts.
+        mesh: that it is to run on, with the attention kernel that the config names; None where only shapes or counts
+            are wanted, for which the reference serves.
+        platform: that is compiled for; None for the mesh's.
 
     Raises:
-        ValueError: a config of a kind that is not registered.
+        ValueError: a config of a kind that is not registered, or an attention kernel that the platform does not have.
     """
-    return load(family_of(config).task)(config, attention_fn)
+    name = getattr(config.model, "attention", None)  # of the families that can choose
+    kernel = xla_attention
+    if mesh is not None and name is not None:
+        kernel = attention_for(name, mesh, platform, packed=config.data.max_segments > 1)
+    return load(family_of(config).task)(config, kernel)
 
 
-def task_for(config: ExperimentConfig, platform: str | None = None) -> Callable[[Mesh], Task]:
-    """Returns what makes the task of an experiment for a mesh, with the attention kernel that its config names.
-
-    Args:
-        config: of the experiment.
-        platform: that is compiled for; None for the mesh's.
-    """
-
-    def make(mesh: Mesh) -> Task:
-        name = getattr(config.model, "attention", None)
-        if name is None:  # a network without attention
-            return make_task(config)
-        return make_task(config, attention_for(name, mesh, platform, packed=config.data.max_segments > 1))
-
-    return make
+def task_for(config: ExperimentConfig) -> Callable[[Mesh], Task]:
+    """Returns what makes the task of an experiment for a mesh, with the attention kernel that is chosen for it."""
+    return functools.partial(make_task, config)

@@ -31,7 +31,7 @@ RowAttention = Callable[[Array, Array, Array, Array, Array], Array]
 """Attention as the blocks of a model call it: of (q, k, v, query_ids, key_ids), with equation 2 alone."""
 
 
-@runtime_checkable
+@runtime_checkable  # for the check of shapes in tests, which looks at every argument
 class AttentionFn(Protocol):
     """What an attention kernel is called like; one that cannot do something raises a ValueError that says so.
 

@@ -62,7 +62,7 @@ class ModelConfig:
         norm_eps: epsilon of every norm.
         dtype: of the computation; parameters and softmax stay float32.
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
-        attention: kernel; `auto` picks by platform (see `sora_jax.models.attention`).
+        attention: name of a kernel (see `sora_jax.parallel.attention`).
     """
 
     width: int = 256

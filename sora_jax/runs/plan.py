@@ -17,7 +17,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.families.registry import task_for
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.training.chips import hbm_bytes
 from sora_jax.training.optimizer import make_optimizer
@@ -159,7 +158,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Returns the training step for TPUs, traced for a mesh with shapes alone, ready to be compiled."""
-    task = task_for(config, "tpu")(mesh)
+    task = make_task(config, mesh, platform="tpu")
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
     return make_train_step(task, tx, mesh, shardings).lower(

@@ -16,6 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from sora_jax.array_types import Array, PyTree
+from sora_jax.config import MeshConfig
 from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
@@ -32,7 +33,7 @@ from sora_jax.models.navit import check_positions
 from sora_jax.models.vit import load_vit, resize_images
 from sora_jax.models.vivit import load_vivit
 from sora_jax.models.weights import CONFIG_FILE
-from sora_jax.parallel.attention import attention_for
+from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.positions import grid_positions
 from sora_jax.runs import packed
 from sora_jax.runs.run import Report
@@ -318,7 +319,8 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
     # On one device, whatever mesh it was trained on: few rows at a time, and a kernel that is there.
     rows = min(config.data.batch_size, SCORED_ROWS)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows, num_shards=1))
-    task = make_task(config, attention_for("auto", packed=config.data.max_segments > 1))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    task = make_task(config, make_mesh(MeshConfig(), jax.local_devices()[:1]))
     params = jax.device_put(params)
     size = config.data.sampling.size if config.data.sampling.one_size else config.data.sampling.sides[1:]
     label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"
