@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import sys
@@ -32,7 +31,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import tyro
-from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -247,14 +245,17 @@ class LatentsCommand:
         import jax  # here, as the worker processes of the other commands import this file
         from jax.experimental import multihost_utils
 
-        from sora_jax.models.autoencoder.image_vae import ImageVAE, check_image_shape, load_image_vae
+        from sora_jax.families.load import load
+        from sora_jax.models.autoencoder.image_vae import ImageVAE, check_image_shape
+        from sora_jax.models.weights import weights_fingerprint
 
         index, count = self.process_index, self.process_count
         if self.multihost:
             jax.distributed.initialize()
             index, count = jax.process_index(), jax.process_count()
         options = latents.LatentOptions(self.image_size, self.views, self.dtype, self.part_size)
-        config, params = load_image_vae(self.vae)
+        vae = load(self.vae, kinds=("image_vae",))
+        config, params = vae.config, vae.params
         check_image_shape((1, self.image_size, self.image_size, 3), config)
         devices = jax.local_devices()
         if self.batch_size % (len(devices) * options.num_views):
@@ -272,16 +273,13 @@ class LatentsCommand:
             posterior = model.apply({"params": params}, images, method="encode")
             return posterior.mean, posterior.std
 
-        digest = hashlib.sha256()
-        for name in ("config.json", "model.safetensors"):
-            digest.update((epath.Path(self.vae) / name).read_bytes())
         side = self.image_size // config.strides[-1]
         report = latents.prepare_latents(
             self.source,
             lambda images: jax.device_get(encode(params, jax.device_put(images, rows))),
             (side, side, config.latent_channels),
             {
-                "sha256": digest.hexdigest(),
+                "sha256": weights_fingerprint(self.vae),
                 "scaling_factor": config.scaling_factor,
                 "compute_dtype": self.compute_dtype,
             },

@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class LatentDataConfig(BatchConfig):
         seed: of order, mirror images and the draws from the posteriors.
         num_workers: threads that read and draw batches ahead, one each.
     """
+
+    kind: ClassVar[str] = "latents"
 
     eval_splits: tuple[str, ...] = ()
     path: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class FixedSize:
         size: (height, width) in pixels.
     """
 
+    kind: ClassVar[str] = "fixed_size"
+
     size: tuple[int, int] = (224, 224)
 
     def __post_init__(self) -> None:
@@ -43,6 +45,8 @@ class NativeSize:
         enlarge: images that are smaller than what is drawn; without it they keep the size that they are stored at.
         token_drop: how many patches of a sample are left out in training (None: none).
     """
+
+    kind: ClassVar[str] = "native_size"
 
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
@@ -70,6 +74,8 @@ class RecognitionDataConfig(PackedDataConfig):
         min_seconds: clips that are shorter are left out.
         label: `class` of the data set, or the `speed`, by its index in `speeds`; or `none`.
     """
+
+    kind: ClassVar[str] = "recognition"
 
     eval_splits: tuple[str, ...] = ("unseen",)
     text_length: int = 0

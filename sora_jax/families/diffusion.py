@@ -64,6 +64,8 @@ class GaussianConfig:
         discrete: values are 8-bit and lie in [-1, 1]: L_0 is a mass, and x_0 is clipped to that range.
     """
 
+    kind: ClassVar[str] = "gaussian"
+
     num_levels: int = 1000
     schedule: Literal["linear", "cosine", "log_snr"] = "linear"
     log_snr_range: tuple[float, float] = (-8.0, 14.0)
@@ -102,6 +104,8 @@ class BinomialConfig:
     Attributes:
         num_levels: steps of the process, T.
     """
+
+    kind: ClassVar[str] = "binomial"
 
     num_levels: int = 2000
 

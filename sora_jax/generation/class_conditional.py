@@ -40,13 +40,12 @@ from sora_jax.diffusion.samplers import (
 )
 from sora_jax.diffusion.schedules import linear_betas, respaced_betas, respaced_steps
 from sora_jax.families.dit import ClassConditionalConfig
-from sora_jax.families.load import load_model
-from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
-from sora_jax.models.dit import DiT, DiTConfig, load_dit
+from sora_jax.families.load import load
+from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig
+from sora_jax.models.dit import DiT, DiTConfig
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps
-from sora_jax.training.run_directory import read_keys
 
 
 class LatentDecoder:
@@ -63,8 +62,9 @@ class LatentDecoder:
 
     @classmethod
     def from_pretrained(cls, path: str | epath.PathLike) -> LatentDecoder:
-        """Loads what `experiments/convert_checkpoint.py sd-vae` wrote; raises what `load_image_vae` does."""
-        return cls(*load_image_vae(path))
+        """Loads what `experiments/convert_checkpoint.py sd-vae` wrote; raises what `load` does."""
+        vae = load(path, kinds=("image_vae",))
+        return cls(vae.config, vae.params)
 
     @property
     def stride(self) -> int:
@@ -145,12 +145,9 @@ class ClassConditionalSampler:
             ValueError: the files there do not make a model; or an autoencoder for a model of pixels, or of latents of
                 another number of channels.
         """
-        if "optimizer" in read_keys(path):
-            experiment, params = load_model(path, averaged, ClassConditionalConfig)
-            config, pixels = experiment.model, experiment.makes_pixels
-        else:
-            experiment, pixels = None, False
-            config, params = load_dit(path)
+        loaded = load(path, averaged=averaged, kinds=("dit", "dit_model"))
+        experiment = loaded.config if loaded.trained_here else None
+        config, pixels = (experiment.model, experiment.makes_pixels) if experiment else (loaded.config, False)
         decode = None
         if vae is not None:
             if pixels:
@@ -161,9 +158,11 @@ class ClassConditionalSampler:
                     f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
                     f"{decode.config.latent_channels}."
                 )
+            codec = CodecComponent("image", weights_fingerprint(vae), decode.config.scaling_factor)
+            warn_of_difference(loaded.components, Components(codec=codec), str(path))
         if experiment is None:
-            return cls(config, params, decode, devices=devices)
-        return cls.of_experiment(experiment, params, decode, devices)
+            return cls(config, loaded.params, decode, devices=devices)
+        return cls.of_experiment(experiment, loaded.params, decode, devices)
 
     @classmethod
     def of_experiment(

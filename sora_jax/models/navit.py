@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ class NaViTConfig:
         remat: see `sora_jax.config.ModelConfig`.
         attention: kernel; `auto` picks by platform (see `sora_jax.models.attention`).
     """
+
+    kind: ClassVar[str] = "navit"
 
     width: int = 768
     depth: int = 12

@@ -13,12 +13,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, PyTree
@@ -27,7 +26,6 @@ from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
-from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
 
@@ -55,6 +53,8 @@ class ViTConfig:
         attention: kernel (see `sora_jax.models.attention`).
         stem: the ResNet of a hybrid, or None.
     """
+
+    kind: ClassVar[str] = "vit"
 
     image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
@@ -263,19 +263,3 @@ def init_params(model: ViT, key: jax.Array) -> dict:
 def abstract_params(model: ViT) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_vit(path: epath.PathLike) -> tuple[ViTConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py vit` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `ViT(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, ViTConfig, "ViT", lambda config: abstract_params(ViT(config)))

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import CodecComponent, Components, ProcessComponent
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.latents import LatentDataConfig, LatentRows, LatentSource
 from sora_jax.data.sources import open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
 from sora_jax.runs import packed
 
@@ -49,6 +51,10 @@ class DiTRun:
         self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
         latents = isinstance(data, LatentDataConfig)
         source = (LatentSource if latents else open_source)(data.path, data.split)
+        self._codec = CodecComponent("identity")
+        if latents:
+            autoencoder = source.request["autoencoder"]
+            self._codec = CodecComponent("image", autoencoder["sha256"], source.scaling_factor)
         if len(source.label_names) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {len(source.label_names)} classes of {source.path}, "
@@ -60,9 +66,13 @@ class DiTRun:
                 f"got {config.model.image_size}."
             )
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        return Components(codec=self._codec, process=ProcessComponent(self.config.process.kind))
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
-        return lambda: load_model(path, kind=type(self.config))[1]
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the rows of a split: endless where it is trained on."""

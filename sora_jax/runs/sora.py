@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import CodecComponent, Components, ProcessComponent
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.families.sora import SoraConfig
+from sora_jax.models.text.minilm import text_encoder_component
 from sora_jax.runs import packed
 
 
@@ -48,9 +51,17 @@ class SoraRun:
         )
         self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        return Components(
+            text_encoder=text_encoder_component(self.config.data.max_caption_tokens),
+            codec=CodecComponent("identity"),
+            process=ProcessComponent("flow"),
+        )
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
-        return lambda: load_model(path, kind=type(self.config))[1]
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""

@@ -6,26 +6,27 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers.models import read_model
 
 from sora_jax.commands import convert_checkpoint
+from sora_jax.commands.evaluations import classification
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import to_json
 from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
 from sora_jax.data.toy import SwissRollConfig
 from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
-from sora_jax.families.load import config_class, export_model, load_model
+from sora_jax.families.load import export_model
 from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
 from sora_jax.families.registry import make_task
 from sora_jax.families.sora import SoraConfig, SoraTask
-from sora_jax.generation.class_conditional import ClassConditionalSampler
+from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
 from sora_jax.generation.pipeline import SoraPipeline
-from sora_jax.models.autoencoder.image_vae import load_image_vae
-from sora_jax.models.dit import DiTConfig, load_dit
+from sora_jax.models.dit import DiTConfig
 from sora_jax.models.mlp import MLPConfig
 from sora_jax.models.navit import NaViTConfig
 from sora_jax.models.sora import ModelConfig
-from sora_jax.models.vit import ViTConfig, load_vit
+from sora_jax.models.vit import ViTConfig
 from sora_jax.models.vivit import ViViTConfig
 from sora_jax.training.state import abstract_params, unboxed_params
 
@@ -45,9 +46,9 @@ def test_export_halves_a_model(main, tmp_path, capsys):
     source, output, table = (str(tmp_path / name) for name in ("full", "half", "table.json"))
     command = ["export", "--source", source, "--output", output, "--storage-dtype", "bfloat16", "--json", table]
     assert main(command) == 0
-    config, params = load_model(output)
+    config, params = read_model(output)
     assert config == CONFIG
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, load_model(source)[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, read_model(source)[1])
     sizes = json.loads(pathlib.Path(table).read_text())["files"]
     assert sizes == {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
     assert "model.safetensors" in capsys.readouterr().out
@@ -107,10 +108,18 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
     assert main(["export", "--source", str(runs / name), "--output", str(tmp_path / "out")]) == 0
-    config, params = load_model(tmp_path / "out", kind=type(RUNS[name]))
+    config, params = read_model(tmp_path / "out")
     assert "/here" not in (tmp_path / "out" / "config.json").read_text()
     assert (config.model, config.num_steps) == (RUNS[name].model, 6)
     jax.tree.map(np.testing.assert_array_equal, params, random_params(RUNS[name]))
+
+
+def classify(path):
+    classification.classify(classification.ClassifyOptions(str(path)))
+
+
+def export(path):
+    convert_checkpoint.ExportCommand(str(path), str(path.parent / "out")).run()
 
 
 @pytest.mark.parametrize(
@@ -121,14 +130,14 @@ def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
         (SoraPipeline.from_pretrained, "study", "is a study of discrete diffusion, not a Sora: train.py reports"),
         (ClassConditionalSampler.from_pretrained, "sora", "is a Sora, not a DiT .*: generate.py --prompt"),
         (ClassConditionalSampler.from_pretrained, "vivit", r"is a classifier .*, not a DiT"),
+        (LatentDecoder.from_pretrained, "weights", "is a converted DiT, not an image autoencoder: generate.py --class"),
         (
-            load_image_vae,
-            "weights",
-            "is a converted DiT, not an image autoencoder: generate.py --class-labels",
+            ClassConditionalSampler.from_pretrained,
+            "pairs",
+            "is a contrastive NaViT, not a DiT that was trained here or a converted DiT: train.py --init-from",
         ),
-        (load_vit, "weights", "is a converted DiT, not a converted ViT"),
-        (load_dit, "pairs", "is a contrastive NaViT, not a converted DiT: train.py --init-from"),
-        (config_class, "weights", "is neither a run nor an exported model: it is a converted DiT"),
+        (classify, "sora", "is a Sora, not a classifier .* or a converted ViT or a converted ViViT: generate.py"),
+        (export, "weights", "is a converted DiT, not a Sora or a DiT that was trained here or"),
     ],
 )
 def test_a_model_of_another_kind_is_called_by_its_name(runs, load, name, words):
