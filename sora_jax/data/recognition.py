@@ -26,7 +26,7 @@ class FixedSize:
     """
 
     kind: ClassVar[str] = "fixed_size"
-
+    one_size: ClassVar[bool] = True
     size: tuple[int, int] = (224, 224)
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class NativeSize:
     """
 
     kind: ClassVar[str] = "native_size"
-
+    one_size: ClassVar[bool] = False
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
     std: float = 1.0
@@ -101,7 +101,7 @@ class RecognitionDataConfig(PackedDataConfig):
     def for_evaluation(self) -> RecognitionDataConfig:
         """Returns how held-out data is sampled: at the largest size and whole."""
         held_out = super().for_evaluation()
-        if isinstance(self.sampling, FixedSize):
+        if self.sampling.one_size:
             return held_out
         return held_out.at_side(self.sampling.sides[1])
 
@@ -112,7 +112,7 @@ class RecognitionDataConfig(PackedDataConfig):
 
         Images of one size are stretched to (side, side).
         """
-        if isinstance(self.sampling, FixedSize):
+        if self.sampling.one_size:
             sampling = FixedSize((round(side), round(side)))
         else:
             sampling = dataclasses.replace(self.sampling, sides=(side, side), token_drop=None)
@@ -162,7 +162,7 @@ def draw_recognition_sample(
         clip, start * max(room, 0.0), data.num_frames, data.fps, height, width, bool(dropped < data.caption_dropout),
         speed, label,
     )  # fmt: skip
-    if isinstance(data.sampling, FixedSize):
+    if data.sampling.one_size:
         sample = dataclasses.replace(sample, height=data.sampling.size[0], width=data.sampling.size[1])
         return sample if sample.num_tokens(patch) <= data.row_length else TOO_LARGE
 

@@ -14,17 +14,18 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Int, PackedBatch, PyTree
 from sora_jax.config import PatchConfig, StudyConfig, check
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
-from sora_jax.models import navit, vit, vivit
+from sora_jax.data.recognition import NativeSize, RecognitionDataConfig
 from sora_jax.models.attention import AttentionFn, attention_kernel
-from sora_jax.models.navit import ContrastiveHead, NaViT, NaViTConfig, NaViTOutput
-from sora_jax.models.vit import ViT, ViTConfig
-from sora_jax.models.vivit import ViViT, ViViTConfig
-from sora_jax.patches.patchify import num_tokens, unpatchify
+from sora_jax.models.navit import ContrastiveHead, NaViTConfig
+from sora_jax.models.recognition import SegmentOutput
+from sora_jax.models.vit import ViTConfig
+from sora_jax.models.vivit import ViViTConfig
+from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.segments import segment_one_hot, without_padding
 from sora_jax.training.contrastive import classification_loss, contrastive_loss
 from sora_jax.training.flops import count_flops
@@ -86,11 +87,11 @@ class ClassificationConfig(RecognitionConfig):
         check(self.model.num_classes >= 1, self.model, "num_classes", "at least 1")
         check(self.data.label != "none", self.data, "label", "'class' or 'speed' for a classifier")
         check(self.data.text_length == 0, self.data, "text_length", "0: a classifier reads no captions")
-        if isinstance(self.model, ViViTConfig):
+        if not self.model.takes_any_size:
             check(not self.test_sides, self, "test_sides", "() for a ViViT, which takes clips of one size")
-        elif isinstance(self.model, ViTConfig):
-            whole = all(side % self.model.patch_size == 0 for side in self.test_sides)
-            check(whole, self, "test_sides", f"multiples of the patch's {self.model.patch_size}")
+        elif self.model.patch is not None:
+            whole = all(side % self.model.patch[1] == 0 for side in self.test_sides)
+            check(whole, self, "test_sides", f"multiples of the patch's {self.model.patch[1]}")
         if self.data.label == "speed":
             speeds = len(self.data.speeds)
             check(self.model.num_classes == speeds, self.model, "num_classes", f"the {speeds} of data.speeds")
@@ -138,17 +139,17 @@ class ContrastiveConfig(RecognitionConfig):
 
 def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: RecognitionDataConfig, patch: PatchConfig) -> None:
     """Raises ValueError where the rows of the data are not what a model takes, naming both sizes."""
-    if isinstance(model, NaViTConfig):
-        check(isinstance(data.sampling, NativeSize), data, "sampling", "a NativeSize for NaViT")
+    if model.patch is None:
+        check(not data.sampling.one_size, data, "sampling", "a NativeSize for NaViT")
         frames = -(-data.num_frames // patch.size[0])
         tokens = round(frames * data.sampling.sides[1] ** 2 / (patch.size[1] * patch.size[2]))
         works = f"at least the {tokens} patches of the largest sample where oversize is 'skip'"
         check(data.oversize == "resize" or data.row_length >= tokens, data, "row_length", works)
         return
-    size, frames = model_patch(model), model.num_frames if isinstance(model, ViViTConfig) else 1
+    size, frames = model.patch, model.num_frames
     check(patch.size == size, patch, "size", f"the model's {size}")
     check(patch.channels == model.channels, patch, "channels", f"the model's {model.channels}")
-    check(isinstance(data.sampling, FixedSize), data, "sampling", "a FixedSize for ViT and ViViT")
+    check(data.sampling.one_size, data, "sampling", "a FixedSize for ViT and ViViT")
     check(data.sampling.size == model.image_size, data.sampling, "size", f"the model's image_size {model.image_size}")
     check(data.num_frames == frames, data, "num_frames", f"the model's {frames}")
     check(data.max_segments == 1, data, "max_segments", "1 for ViT and ViViT: a row holds one image or clip")
@@ -156,13 +157,11 @@ def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: RecognitionDa
     check(data.row_length == tokens, data, "row_length", f"the {tokens} patches of the model's image or clip")
 
 
-def model_patch(model: ViTConfig | ViViTConfig) -> tuple[int, int, int]:
-    """Returns the (t, h, w) of the patches that a ViT or ViViT cuts."""
-    return model.tubelet_size if isinstance(model, ViViTConfig) else (1, model.patch_size, model.patch_size)
-
-
 class RecognitionTask:
     """What the two tasks share; a `sora_jax.training.task.Task`.
+
+    A subclass says what a report is about: `headline` (key and name of the figure), `held_out_score` (of `scores`),
+    `scored`, what each segment is scored by, and `figures_of`, the figures of these.
 
     Args:
         config: of the experiment.
@@ -170,38 +169,26 @@ class RecognitionTask:
     """
 
     text_dim = 0
+    headline: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
+    held_out_score: ClassVar[str] = "accuracy"
 
     def __init__(self, config: RecognitionConfig, attention_fn: AttentionFn | None = None) -> None:
         self.config = config
-        model = config.model
-        if isinstance(model, NaViTConfig):
-            self.model: nn.Module = NaViT(model, config.patch.dim, config.data.max_segments, attention_fn)
-        else:
-            self.model = (ViViT if isinstance(model, ViViTConfig) else ViT)(model, attention_fn)
+        self.model: nn.Module = config.model.network(config.patch.dim, config.data.max_segments, attention_fn)
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes."""
-        family = {NaViT: navit, ViViT: vivit, ViT: vit}[type(self.model)]
-        return family.init_params(self.model, key)
+        return self.model.fresh_params(key)
 
     def abstract_batch(self, num_rows: int | None = None) -> PackedBatch:
         """Returns the shapes and dtypes of a batch (of `num_rows` rows instead of the configured ones)."""
         return packed_batch(self.config.data, self.config.patch.dim, self.text_dim, num_rows)
 
-    def outputs(self, params: PyTree, batch: PackedBatch) -> NaViTOutput:
+    def outputs(self, params: PyTree, batch: PackedBatch) -> SegmentOutput:
         """Returns what the network says of each segment; of ViT and ViViT, features are logits."""
-        batch = batch._replace(patches=without_padding(batch.patches, batch.segment_ids))
-        if isinstance(self.model, NaViT):
-            variables = {"params": params}
-            return self.model.apply(variables, batch.patches, batch.positions, batch.segment_ids, batch.extents)
-        c = self.model.config
-        video = isinstance(c, ViViTConfig)
-        size = (c.num_frames if video else 1, *c.image_size)
-        clips = jax.vmap(lambda patches: unpatchify(patches, *size, model_patch(c), c.channels))(batch.patches)
-        logits = self.model.apply({"params": params}, clips if video else clips[:, 0])[:, None]
-        present = batch.segment_ids[:, :1] > 0
-        logits = jnp.where(present[..., None], logits, 0)
-        return NaViTOutput(logits, logits, present)
+        patches = without_padding(batch.patches, batch.segment_ids)
+        rows = (patches, batch.positions, batch.segment_ids, batch.extents)
+        return self.model.apply({"params": params}, *rows, method="on_rows")
 
     def rates(self, totals: Mapping[str, float], seconds: float, num_batches: int) -> dict[str, float]:
         """Returns tokens, images (or clips) and useful operations a second, and the share of slots with a patch."""
@@ -219,22 +206,15 @@ class RecognitionTask:
         Args:
             totals: sums of `Loss.counts`.
         """
-        if not isinstance(self.model, NaViT):
-            return totals["examples"] * self.forward_flops_of_one()
-        c = self.model.config
-        w, mlp = c.width, c.mlp_dim
-        grid = sum(c.max_grid[3 - len(c.axes) :]) if c.position_embedding != "fractional" else 0
-        fractions = len(c.axes) * c.num_fractions if c.position_embedding != "absolute" else 0
-        a_token = 2 * self.config.patch.dim * w + 2 * (grid + fractions) * w
-        a_token += c.depth * 2 * (4 * w * w + 2 * w * mlp)
-        a_token += 2 * 2 * w * w + 2 * 2 * w  # keys and values of the pooling, and its one query
-        an_image = 2 * 2 * w * w + 2 * 2 * w * mlp + 2 * w * c.num_classes
-        a_pair = c.depth * 2 * 2 * w
-        return totals["real_tokens"] * a_token + totals["examples"] * an_image + totals["self_pairs"] * a_pair
+        one = self.forward_flops_of_one()
+        if one is not None:
+            return totals["examples"] * one
+        counts = {name: totals[name] for name in ("real_tokens", "examples", "self_pairs")}
+        return self.config.model.forward_flops(self.config.patch.dim, **counts)
 
     def forward_flops_of_one(self) -> int | None:
         """Returns the operations of a forward pass of one image or clip; None for NaViT, whose sizes differ."""
-        return None if isinstance(self.model, NaViT) else _flops_of_one(self.model)
+        return None if self.config.model.example_shape is None else _flops_of_one(self.model)
 
     def figures(self) -> dict[str, int]:
         """Returns the multiply-accumulates of one image or clip, where all have one size."""
@@ -244,6 +224,25 @@ class RecognitionTask:
 
 class ClassificationTask(RecognitionTask):
     """Classes of images or clips."""
+
+    def scored(self, params: PyTree, batch: PackedBatch) -> tuple[Array, ...]:
+        """Returns the logits of each segment, (B, K, classes)."""
+        return (self.outputs(params, batch).logits,)
+
+    @staticmethod
+    def figures_of(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Returns the accuracy, its binomial standard error, and that of always naming the most frequent class.
+
+        Args:
+            logits: (N, classes).
+            labels: (N,).
+        """
+        accuracy = float((logits.argmax(axis=-1) == labels).mean())
+        return {
+            "accuracy": accuracy,
+            "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+            "most_frequent": float(np.bincount(labels).max() / len(labels)),
+        }
 
     def loss(
         self, params: PyTree, batch: PackedBatch, rows: Int[Array, " rows"], key: jax.Array, training: bool
@@ -266,6 +265,29 @@ class ClassificationTask(RecognitionTask):
 
 class ContrastiveTask(RecognitionTask):
     """Images or clips and their captions."""
+
+    headline: ClassVar[tuple[str, str]] = ("recall_at_1", "recall")
+    held_out_score: ClassVar[str] = "retrieval"
+
+    def scored(self, params: PyTree, batch: PackedBatch) -> tuple[Array, ...]:
+        """Returns the embeddings of each segment's image and caption, (B, K, E) each."""
+        return self.embeddings(params, batch)[:2]
+
+    @staticmethod
+    def figures_of(image: np.ndarray, text: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Returns the share of images whose own caption is the nearest of all, and among the five nearest.
+
+        A caption that is as near as the own one (the same words) counts as it.
+
+        Args:
+            image: (N, E).
+            text: (N, E).
+            labels: (N,), of no use.
+        """
+        del labels
+        similarity = image @ text.T
+        nearer = (similarity > np.diag(similarity)[:, None] + 1e-6).sum(axis=1)
+        return {f"recall_at_{k}": float((nearer < k).mean()) for k in (1, 5)} | {"chance": 1 / len(image)}
 
     def __init__(self, config: ContrastiveConfig, attention_fn: AttentionFn | None = None) -> None:
         super().__init__(config, attention_fn)
@@ -319,12 +341,9 @@ def count_examples(batch: PackedBatch) -> Metrics:
 
 
 @functools.cache
-def _flops_of_one(model: ViT | ViViT) -> int:
+def _flops_of_one(model: nn.Module) -> int:
     """Returns the operations of a forward pass of one image or clip; nothing is allocated."""
-    c = model.config
     plain = model.clone(attention_fn=attention_kernel("xla"))
-    family = vivit if isinstance(c, ViViTConfig) else vit
-    frames = (c.num_frames,) if isinstance(c, ViViTConfig) else ()
-    shape = jax.ShapeDtypeStruct((1, *frames, *c.image_size, c.channels), jnp.float32)
-    params = nn.meta.unbox(family.abstract_params(plain))
+    shape = jax.ShapeDtypeStruct((1, *model.config.example_shape), jnp.float32)
+    params = nn.meta.unbox(jax.eval_shape(plain.fresh_params, jax.random.key(0)))
     return count_flops(lambda params, x: plain.apply({"params": params}, x), params, shape)

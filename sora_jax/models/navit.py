@@ -24,17 +24,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sora_jax.array_types import Array, Bool, Float, Int
+from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, attention_kernel, xla_attention
 from sora_jax.models.layers import Mlp, dense, layer_norm
+from sora_jax.models.recognition import SegmentOutput
 from sora_jax.models.transformer import (
     Context,
     CrossAttention,
@@ -91,10 +92,37 @@ class NaViTConfig:
         check(self.num_fractions >= 2, self, "num_fractions", "at least 2")
         check(self.norm_eps > 0, self, "norm_eps", "positive")
 
+    patch: ClassVar[None] = None  # images of any size are cut before they come
+    example_shape: ClassVar[None] = None
+    takes_any_size: ClassVar[bool] = True
+
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes whose positions are embedded."""
         return AXES if self.max_grid[0] > 1 else AXES[1:]
+
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> NaViT:
+        """Returns the network for rows of `num_segments` at most, whose patches have `patch_dim` values."""
+        return NaViT(self, patch_dim, num_segments, attention_fn)
+
+    def forward_flops(self, patch_dim: int, *, real_tokens: float, examples: float, self_pairs: float) -> float:
+        """Returns the useful operations of a forward pass, each image or clip alone and without padding.
+
+        Args:
+            patch_dim: values of a patch.
+            real_tokens: patches.
+            examples: images or clips.
+            self_pairs: the sum of the squares of their lengths.
+        """
+        w, mlp = self.width, self.mlp_dim
+        grid = sum(self.max_grid[3 - len(self.axes) :]) if self.position_embedding != "fractional" else 0
+        fractions = len(self.axes) * self.num_fractions if self.position_embedding != "absolute" else 0
+        a_token = 2 * patch_dim * w + 2 * (grid + fractions) * w
+        a_token += self.depth * 2 * (4 * w * w + 2 * w * mlp)
+        a_token += 2 * 2 * w * w + 2 * 2 * w  # keys and values of the pooling, and its one query
+        an_image = 2 * 2 * w * w + 2 * 2 * w * mlp + 2 * w * self.num_classes
+        a_pair = self.depth * 2 * 2 * w
+        return real_tokens * a_token + examples * an_image + self_pairs * a_pair
 
 
 NAVIT_SIZES: dict[str, NaViTConfig] = {
@@ -104,20 +132,6 @@ NAVIT_SIZES: dict[str, NaViTConfig] = {
     "navit_b": NaViTConfig(),
     "navit_l": NaViTConfig(width=1024, depth=24, num_heads=16, mlp_dim=4096),
 }
-
-
-class NaViTOutput(NamedTuple):
-    """What a `NaViT` says of each segment; zeros where a row has fewer segments.
-
-    Attributes:
-        features: (B, K, D) float32, pooled.
-        logits: (B, K, num_classes) float32.
-        present: (B, K) bool, whether the row has the segment k + 1.
-    """
-
-    features: Float[Array, "batch segments width"]
-    logits: Float[Array, "batch segments classes"]
-    present: Bool[Array, "batch segments"]
 
 
 class PositionEmbedding(nn.Module):
@@ -175,7 +189,7 @@ class NaViT(nn.Module):
         positions: Float[Array, "batch length 3"],
         segment_ids: Int[Array, "batch length"],
         extent: Float[Array, "batch segments 3"] | None = None,
-    ) -> NaViTOutput:
+    ) -> SegmentOutput:
         """Computes features and logits of each segment.
 
         Args:
@@ -187,7 +201,7 @@ class NaViT(nn.Module):
                 its largest positions, which is too small where all of an image's last row or column was dropped.
 
         Returns:
-            A `NaViTOutput`. What stands where padded, in any input, comes into nothing.
+            A `SegmentOutput`. What stands where padded, in any input, comes into nothing.
 
         Raises:
             ValueError: patches of another size than `patch_dim`.
@@ -234,7 +248,15 @@ class NaViT(nn.Module):
         logits = dense(c.num_classes, ("width", "channels"), name="head", dtype="float32", zero=True)(features)
         fits = (segment_ids <= num_segments).all(axis=1)[:, None, None]
         features, logits = (jnp.where(fits, y, jnp.nan) for y in (features, logits))
-        return NaViTOutput(*(jnp.where(present[..., None], y, 0) for y in (features, logits)), present)
+        return SegmentOutput(*(jnp.where(present[..., None], y, 0) for y in (features, logits)), present)
+
+    def on_rows(self, patches: Array, positions: Array, segment_ids: Array, extents: Array) -> SegmentOutput:
+        """Returns what the call does; every recognition network has this method."""
+        return self(patches, positions, segment_ids, extents)
+
+    def fresh_params(self, key: jax.Array) -> dict:
+        """Returns what `init_params` does."""
+        return init_params(self, key)
 
 
 class ContrastiveHead(nn.Module):
@@ -259,7 +281,7 @@ class ContrastiveHead(nn.Module):
         """Returns what `sora_jax.training.contrastive.contrastive_loss` takes.
 
         Args:
-            features: (B, K, D), of `NaViTOutput`.
+            features: (B, K, D), of `SegmentOutput`.
             text: (B, M, text_dim), caption tokens.
             text_segment_ids: (B, M), the segment of each caption token, 0 for padding.
 

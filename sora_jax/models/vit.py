@@ -24,6 +24,7 @@ from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense, layer_norm
+from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
 from sora_jax.patches.patchify import patchify
@@ -85,6 +86,24 @@ class ViTConfig:
         if self.stem is not None:
             whole = self.patch_size % self.stem.stride == 0
             check(whole, self, "patch_size", f"a multiple of the stem's stride {self.stem.stride}")
+
+    num_frames: ClassVar[int] = 1
+    takes_any_size: ClassVar[bool] = True  # `resize_images`
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """(t, h, w) of a patch."""
+        return 1, self.patch_size, self.patch_size
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of an image, (height, width, channels)."""
+        return *self.image_size, self.channels
+
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> ViT:
+        """Returns the network; the size of patches is its own, and a row holds one image."""
+        del patch_dim, num_segments
+        return ViT(self, attention_fn)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -200,6 +219,17 @@ class ViT(nn.Module):
         if c.num_classes:
             x = dense(c.num_classes, ("width", "classes"), name="head", dtype="float32", zero=True)(x)
         return x
+
+    def on_rows(self, patches: Array, positions: Array, segment_ids: Array, extents: Array) -> SegmentOutput:
+        """Returns the logits of rows of one image each, whose patches stand in order (positions tell nothing more)."""
+        del positions, extents
+        c = self.config
+        images = whole_clips(patches, (1, *c.image_size), c.patch, c.channels)[:, 0]
+        return one_segment(self(images), segment_ids)
+
+    def fresh_params(self, key: jax.Array) -> dict:
+        """Returns what `init_params` does."""
+        return init_params(self, key)
 
 
 def encoder_sublayers(

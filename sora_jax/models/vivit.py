@@ -29,6 +29,7 @@ from sora_jax.array_types import Array, Float, PyTree
 from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, attention_kernel
 from sora_jax.models.layers import dense
+from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.vit import Encoder, ViTConfig, encoder_sublayers
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
@@ -91,6 +92,23 @@ class ViViTConfig:
         check(self.width % self.num_heads == 0, self, "num_heads", f"a divisor of width {self.width}")
         check(self.model != 4 or self.num_heads % 2 == 0, self, "num_heads", "even in Model 4")
         check(self.norm_eps > 0, self, "norm_eps", "positive")
+
+    takes_any_size: ClassVar[bool] = False
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """(t, h, w) of a patch: the tubelet."""
+        return self.tubelet_size
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of a clip, (frames, height, width, channels)."""
+        return self.num_frames, *self.image_size, self.channels
+
+    def network(self, patch_dim: int, num_segments: int, attention_fn: AttentionFn | None = None) -> ViViT:
+        """Returns the network; the size of tubelets is its own, and a row holds one clip."""
+        del patch_dim, num_segments
+        return ViViT(self, attention_fn)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -155,6 +173,17 @@ class ViViT(nn.Module):
         if c.num_classes:
             x = dense(c.num_classes, ("width", "classes"), name="head", dtype="float32", zero=True)(x)
         return x
+
+    def on_rows(self, patches: Array, positions: Array, segment_ids: Array, extents: Array) -> SegmentOutput:
+        """Returns the logits of rows of one clip each, whose patches stand in order (positions tell nothing more)."""
+        del positions, extents
+        c = self.config
+        clips = whole_clips(patches, (c.num_frames, *c.image_size), c.patch, c.channels)
+        return one_segment(self(clips), segment_ids)
+
+    def fresh_params(self, key: jax.Array) -> dict:
+        """Returns what `init_params` does."""
+        return init_params(self, key)
 
 
 def over_space(attention: AttentionFn, num_frames: int) -> AttentionFn:

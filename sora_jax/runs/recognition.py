@@ -19,22 +19,19 @@ from tqdm import tqdm
 from sora_jax.array_types import Array, PyTree
 from sora_jax.components import CodecComponent, Components
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.data.recognition import FixedSize
 from sora_jax.data.sources import ClipSource, open_source
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load
 from sora_jax.families.recognition import (
-    ClassificationConfig,
     ContrastiveConfig,
     RecognitionConfig,
 )
 from sora_jax.families.registry import make_task
 from sora_jax.files import write_whole
 from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
-from sora_jax.models.navit import NaViTConfig, check_positions
+from sora_jax.models.navit import check_positions
 from sora_jax.models.text.minilm import text_encoder_component
-from sora_jax.models.vit import ViTConfig, resize_images
-from sora_jax.models.vivit import ViViTConfig
+from sora_jax.models.vit import resize_images
 from sora_jax.patches.positions import grid_positions
 from sora_jax.runs import packed
 from sora_jax.runs.run import Report
@@ -80,8 +77,7 @@ class RecognitionRun:
             raise ValueError(
                 f"data.eval_splits must name a split to score, got {asked}, which {config.data.path} lacks."
             )
-        contrastive = isinstance(config, ContrastiveConfig)
-        self.headline = ("recall_at_1", "recall") if contrastive else ("accuracy", "accuracy")
+        self.headline = make_task(with_plain_attention(config)).headline
         self._workdir, self._console = workdir, console
         chosen_on = (config.selection_split,) if config.learning_rates else ()
         self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
@@ -167,7 +163,7 @@ class RecognitionRun:
         task = make_task(with_dense_attention(config))
         lines = [json.loads(line) for line in (self._workdir / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "step_seconds" in line]
-        kind = "retrieval" if isinstance(config, ContrastiveConfig) else "accuracy"
+        kind = task.held_out_score
         curve = [
             (line["step"], line[f"held_out_{kind}/{split}"]) for line in lines if f"held_out_{kind}/{split}" in line
         ]
@@ -257,7 +253,7 @@ def check_source(config: RecognitionConfig, source: ClipSource) -> None:
     Images are taken at the largest of `config.test_sides` and of the sides that they are trained at.
     """
     model = config.model
-    if isinstance(config, ClassificationConfig) and config.data.label == "class":
+    if config.data.label == "class":
         names = source.label_names
         if not names:
             raise ValueError(f"{source.path} has no class labels; data.label 'speed' needs none.")
@@ -265,7 +261,7 @@ def check_source(config: RecognitionConfig, source: ClipSource) -> None:
             raise ValueError(
                 f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
             )
-    if isinstance(model, NaViTConfig):
+    if model.patch is None:
         height, width = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
         frames = math.ceil(config.data.num_frames / config.patch.size[0])
         check_positions(model, grid_positions((frames, int(height), int(width)), config.data.fps, config.patch))
@@ -286,7 +282,7 @@ def with_dense_attention(config: RecognitionConfig) -> RecognitionConfig:
 
 def with_plain_attention(config: RecognitionConfig) -> RecognitionConfig:
     """Returns the config with a kernel that needs no mesh."""
-    plain = "auto" if isinstance(config.model, NaViTConfig) else "xla"
+    plain = "auto" if config.model.patch is None else "xla"
     kept = plain if config.model.attention == "splash" else config.model.attention
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kept))
 
@@ -304,10 +300,10 @@ def at_side(
     """
     if side is None:
         return config, params
-    if isinstance(config.model, ViViTConfig):
+    if not config.model.takes_any_size:
         raise ValueError("test_sides are for ViT and NaViT: a ViViT takes clips of one size.")
-    if isinstance(config.model, ViTConfig):
-        patch = config.model.patch_size
+    if config.model.patch is not None:
+        patch = config.model.patch[1]
         side = max(round(side / patch), 1) * patch
         model, params = resize_images(config.model, params, (side, side))
         data = dataclasses.replace(config.data.at_side(side), row_length=math.prod(model.grid))
@@ -332,42 +328,17 @@ def score(config: RecognitionConfig, params: PyTree, split: str, captions: Any =
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows, num_shards=1))
     task = make_task(with_plain_attention(config))
     params = jax.device_put(params)
-    size = config.data.sampling.size if isinstance(config.data.sampling, FixedSize) else config.data.sampling.sides[1:]
+    size = config.data.sampling.size if config.data.sampling.one_size else config.data.sampling.sides[1:]
     label = f"scoring {split} at {' x '.join(f'{side:g}' for side in size)}"
-    contrastive = isinstance(config, ContrastiveConfig)
-    function = task.embeddings if contrastive else lambda params, batch: (task.outputs(params, batch).logits,)
-    compiled = jax.jit(function)
+    compiled = jax.jit(task.scored)
     parts: list[tuple[Array, ...]] = []
     with packed.open_pipeline(config, captions, split, training=False, alone=True) as batches:
         for batch in tqdm(batches, desc=label, unit="batch", delay=2.0, leave=False):
             there = batch.clip_ids >= 0
             out = jax.device_get(compiled(params, batch))
-            parts.append((*(x[there] for x in out[:2]), batch.labels[there]))
+            parts.append((*(x[there] for x in out), batch.labels[there]))
         left_out = sum(batches.statistics.skipped.values())
     if not parts or not sum(len(part[0]) for part in parts):
         raise ValueError(f"split {split!r} has nothing that can be scored; {left_out} images or clips were left out.")
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    count = len(columns[0])
-    figures: Report = {"num_scored": count, "num_left_out": left_out}
-    if contrastive:
-        image, text, _ = columns
-        return recall(image, text) | figures
-    logits, labels = columns
-    accuracy = float((logits.argmax(axis=-1) == labels).mean())
-    stderr = math.sqrt(accuracy * (1 - accuracy) / count)
-    return {"accuracy": accuracy, "accuracy_stderr": stderr, "most_frequent": _most_frequent(labels)} | figures
-
-
-def recall(image: np.ndarray, text: np.ndarray) -> Report:
-    """Returns the share of images whose own caption is the nearest of all, and among the five nearest.
-
-    A caption that is as near as the own one (the same words) counts as it.
-    """
-    similarity = image @ text.T
-    nearer = (similarity > np.diag(similarity)[:, None] + 1e-6).sum(axis=1)
-    return {f"recall_at_{k}": float((nearer < k).mean()) for k in (1, 5)} | {"chance": 1 / len(image)}
-
-
-def _most_frequent(labels: np.ndarray) -> float:
-    """Returns the accuracy of always naming the most frequent class."""
-    return float(np.bincount(labels).max() / len(labels))
+    return task.figures_of(*columns) | {"num_scored": len(columns[0]), "num_left_out": left_out}

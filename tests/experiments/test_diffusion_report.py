@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import rich.console
-import train
 from PIL import Image
 
+from sora_jax.commands import train
 from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.examples import example_images
 from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig

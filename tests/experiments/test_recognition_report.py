@@ -4,15 +4,15 @@ import io
 import json
 
 import numpy as np
-import prepare_data
 import pytest
-import train
 from helpers.models import read_model
 from PIL import Image
 
+from sora_jax.commands import prepare_data, train
 from sora_jax.commands.evaluations.classification import ClassifyOptions, classify
 from sora_jax.data.sources import open_source
-from sora_jax.runs.recognition import check_source, read_recognition_model, recall
+from sora_jax.families.recognition import ContrastiveTask
+from sora_jax.runs.recognition import check_source, read_recognition_model
 
 pytestmark = pytest.mark.slow
 
@@ -241,7 +241,7 @@ def test_recall_counts_what_is_nearer_than_the_own_caption():
     text = np.eye(6, 4, dtype=np.float32)
     text[0] = (0.5, 0.9, 0, 0)  # nearer to the second image
     text[1] = (0.6, 0.8, 0, 0)
-    found = recall(image, text)
+    found = ContrastiveTask.figures_of(image, text, labels=np.zeros(len(image), int))
     # Image 0 finds caption 1 first (0.6 > 0.5); image 1 caption 0 (0.9 > 0.8); the last two see all alike.
     assert found["recall_at_1"] == pytest.approx(4 / 6) and found["recall_at_5"] == 1
     assert found["chance"] == pytest.approx(1 / 6)

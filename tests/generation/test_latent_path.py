@@ -3,13 +3,12 @@
 import json
 
 import numpy as np
-import prepare_data
 import pytest
-import train
 from class_models import VAE, write_autoencoder
 from helpers.models import read_model
 from PIL import Image
 
+from sora_jax.commands import prepare_data, train
 from sora_jax.commands.evaluations import sampling
 from sora_jax.data.latents import LatentSource
 from sora_jax.provenance import params_hash

@@ -22,10 +22,9 @@ from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
 from sora_jax.evaluation.views import multi_view_logits
 from sora_jax.families.load import load
-from sora_jax.families.recognition import ClassificationConfig, model_patch
+from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.files import check_writable, write_whole
-from sora_jax.models.navit import NaViTConfig
-from sora_jax.models.vivit import ViViT, ViViTConfig
+from sora_jax.models.vivit import ViViT
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.runs.recognition import at_side, check_source, score
 
@@ -72,10 +71,10 @@ def classify(options: ClassifyOptions) -> None:
     if options.json is not None:
         check_writable("--json", options.json)
     config, params = read_classifier(options)
-    video = isinstance(config.model, ViViTConfig)
-    if options.sides and video:
+    video = len(config.model.example_shape or ()) == 4
+    if options.sides and not config.model.takes_any_size:
         raise ValueError(f"sides are for ViT and NaViT: a ViViT takes clips of one size, got {options.sides}.")
-    if isinstance(config.model, NaViTConfig):
+    if config.model.patch is None:
         config = dataclasses.replace(config, test_sides=options.sides)
     check_source(config, open_source(config.data.path, options.split))
     if options.views != (1, 1) and not video:
@@ -112,8 +111,7 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
     if options.data is None:
         raise ValueError("data is needed, the directory of a prepared data set: converted weights name none.")
     model = loaded.config
-    frames = model.num_frames if isinstance(model, ViViTConfig) else 1
-    patch = model_patch(model)
+    frames, patch = model.num_frames, model.patch
     data = RecognitionDataConfig(
         path=options.data,
         sampling=FixedSize(model.image_size),

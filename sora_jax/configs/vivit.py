@@ -1,6 +1,9 @@
-"""ViViT-B/16x2, Model 2: factorised encoder (arXiv:2103.15691), on Kinetics-400.
+"""ViViT-B/16x2 (arXiv:2103.15691) on Kinetics-400: the paper's four models.
 
-    python experiments/train.py vivit_b_16x2_model2 --data.path data/kinetics --workdir runs/vivit \
+1 is joint space-time attention, 2 the factorised encoder, 3 factorised self-attention, 4 factorised dot-product
+attention.
+
+    python experiments/train.py vivit_b_16x2_model1 --data.path data/kinetics --workdir runs/vivit \
         --init-from models/vit_b_16
 
 The data set is a folder of clips with labels (`prepare_data.py folder`). `--init-from` names a converted ViT-B/16
@@ -14,9 +17,11 @@ from sora_jax.data.recognition import FixedSize, RecognitionDataConfig
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.models.vivit import ViViTConfig
 
+NAMES = ("vivit_b_16x2_model1", "vivit_b_16x2_model2", "vivit_b_16x2_model3", "vivit_b_16x2_model4")
 
-def config() -> ClassificationConfig:
-    """Returns the experiment."""
+
+def config(name: str) -> ClassificationConfig:
+    """Returns the experiment of a model."""
     return ClassificationConfig(
         data=RecognitionDataConfig(
             sampling=FixedSize((224, 224)),
@@ -30,7 +35,7 @@ def config() -> ClassificationConfig:
             num_workers=8,
         ),
         patch=PatchConfig(size=(2, 16, 16)),
-        model=ViViTConfig(model=2, dtype="bfloat16", remat="dots"),
+        model=ViViTConfig(model=NAMES.index(name) + 1, dtype="bfloat16", remat="dots"),
         optimizer=OptimizerConfig(
             learning_rate=3e-5, warmup_steps=2500, b2=0.999, weight_decay=0.05, final_share=0.0, ema_decay=0.9999
         ),
