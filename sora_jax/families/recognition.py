@@ -97,7 +97,7 @@ class ClassificationConfig(RecognitionConfig):
             check(self.model.num_classes == speeds, self.model, "num_classes", f"the {speeds} of data.speeds")
         check_rows(self.model, self.data, self.patch)
 
-    def network(self, params: PyTree) -> tuple[ViTConfig | ViViTConfig | NaViTConfig, PyTree]:
+    def image_network(self, params: PyTree) -> tuple[ViTConfig | ViViTConfig | NaViTConfig, PyTree]:
         """Returns config and parameters of the network of images in a task's parameters."""
         return self.model, params
 
@@ -132,7 +132,7 @@ class ContrastiveConfig(RecognitionConfig):
         check(self.data.caption_dropout == 0, self.data, "caption_dropout", "0: an image belongs to its own caption")
         check_rows(self.model, self.data, self.patch)
 
-    def network(self, params: PyTree) -> tuple[NaViTConfig, PyTree]:
+    def image_network(self, params: PyTree) -> tuple[NaViTConfig, PyTree]:
         """Returns config and parameters of the network of images in a task's parameters."""
         return self.model, params["image"]
 

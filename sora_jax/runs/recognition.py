@@ -244,7 +244,7 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
         ValueError: what is there is no ViT, ViViT or NaViT, or cannot be read.
     """
     loaded = load(path, kinds=("classification", "contrastive", "vit", "vivit"))
-    return loaded.config.network(loaded.params) if loaded.trained_here else (loaded.config, loaded.params)
+    return loaded.config.image_network(loaded.params) if loaded.trained_here else (loaded.config, loaded.params)
 
 
 def check_source(config: RecognitionConfig, source: ClipSource) -> None:

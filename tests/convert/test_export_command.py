@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -6,34 +5,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers.models import read_model
+from helpers.models import RUNS, SORA, random_params, read_model
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.commands.evaluations import classification
-from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.config_json import to_json
-from sora_jax.data.recognition import FixedSize, NativeSize, RecognitionDataConfig
-from sora_jax.data.toy import SwissRollConfig
-from sora_jax.families.diffusion import DiffusionConfig, GaussianConfig
-from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
 from sora_jax.families.load import export_model
-from sora_jax.families.recognition import ClassificationConfig, ContrastiveConfig
-from sora_jax.families.registry import make_task
-from sora_jax.families.sora import SoraConfig, SoraTask
+from sora_jax.families.sora import SoraTask
 from sora_jax.generation.class_conditional import ClassConditionalSampler, LatentDecoder
 from sora_jax.generation.pipeline import SoraPipeline
-from sora_jax.models.dit import DiTConfig
-from sora_jax.models.mlp import MLPConfig
-from sora_jax.models.navit import NaViTConfig
-from sora_jax.models.sora import ModelConfig
-from sora_jax.models.vit import ViTConfig
-from sora_jax.models.vivit import ViViTConfig
-from sora_jax.training.state import abstract_params, unboxed_params
-
-CONFIG = SoraConfig(
-    model=ModelConfig(width=16, depth=1, num_heads=2, mlp_dim=16, text_dim=8, frequency_dim=8),
-    patch=PatchConfig(size=(1, 2, 2), channels=1),
-)
+from sora_jax.training.state import unboxed_params
 
 
 @pytest.fixture(scope="module")
@@ -42,54 +23,16 @@ def main():
 
 
 def test_export_halves_a_model(main, tmp_path, capsys):
-    export_model(tmp_path / "full", CONFIG, unboxed_params(SoraTask(CONFIG)))
+    export_model(tmp_path / "full", SORA, unboxed_params(SoraTask(SORA)))
     source, output, table = (str(tmp_path / name) for name in ("full", "half", "table.json"))
     command = ["export", "--source", source, "--output", output, "--storage-dtype", "bfloat16", "--json", table]
     assert main(command) == 0
     config, params = read_model(output)
-    assert config == CONFIG
+    assert config == SORA
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, read_model(source)[1])
     sizes = json.loads(pathlib.Path(table).read_text())["files"]
     assert sizes == {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
     assert "model.safetensors" in capsys.readouterr().out
-
-
-RUN = dict(optimizer=OptimizerConfig(warmup_steps=2), num_steps=6)
-SMALL = dict(width=12, depth=1, num_heads=2, mlp_dim=16, num_classes=3)
-PICTURES = RecognitionDataConfig(
-    path="/here/data", sampling=FixedSize((4, 6)), row_length=6, max_segments=1, batch_size=4, num_shards=1
-)
-PATCH = PatchConfig(size=(1, 2, 2), channels=1)
-NAVIT = dict(max_grid=(1, 6, 6), num_fractions=5)
-CAPTIONED = dict(sampling=NativeSize((4.0, 8.0)), text_length=8, max_caption_tokens=2, label="none")
-RUNS = {
-    "dit": ClassConditionalConfig(
-        data=PICTURES, patch=PATCH, sample=ClassSampleConfig(labels=(0,), size=(4, 4), num_steps=4, vae="/here/vae"),
-        model=DiTConfig(image_size=(4, 6), in_channels=1, frequency_dim=8, **SMALL), **RUN,
-    ),
-    "vit": ClassificationConfig(
-        data=PICTURES, patch=PATCH, model=ViTConfig(image_size=(4, 6), patch_size=2, channels=1, **SMALL), **RUN
-    ),
-    "vivit": ClassificationConfig(
-        data=dataclasses.replace(PICTURES, num_frames=4, row_length=12), patch=PatchConfig((2, 2, 2), channels=1),
-        model=ViViTConfig(num_frames=4, image_size=(4, 6), tubelet_size=(2, 2, 2), channels=1, **SMALL), **RUN,
-    ),
-    "pairs": ContrastiveConfig(
-        data=dataclasses.replace(PICTURES, **CAPTIONED), patch=PATCH,
-        model=NaViTConfig(**SMALL | NAVIT | {"num_classes": 1}), embedding_dim=6, text_dim=5, **RUN,
-    ),
-    "study": DiffusionConfig(
-        data=SwissRollConfig(batch_size=8), model=MLPConfig(out_channels=4, width=16, depth=1, num_steps=20),
-        process=GaussianConfig(num_levels=20, schedule="cosine", variance="learned", loss="bound"),
-        sample_every=0, **RUN,
-    ),
-}  # fmt: skip
-
-
-def random_params(config):
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(make_task(config))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +41,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, config in RUNS.items():
         export_model(folder / name, config, random_params(config))
-    export_model(folder / "sora", CONFIG, random_params(CONFIG))
+    export_model(folder / "sora", SORA, random_params(SORA))
     (folder / "weights").mkdir()
     shutil.copy(folder / "dit" / "model.safetensors", folder / "weights")
     (folder / "weights" / "config.json").write_text(to_json(RUNS["dit"].model))
@@ -162,7 +105,7 @@ def test_export_of_nothing(main, tmp_path, capsys):
     ("output", "message"), [(".", "--output must be outside of the run"), ("../other", "--output")]
 )
 def test_export_over_a_run(main, tmp_path, capsys, output, message):
-    export_model(tmp_path / "full", CONFIG, unboxed_params(SoraTask(CONFIG)))
+    export_model(tmp_path / "full", SORA, unboxed_params(SoraTask(SORA)))
     for name in ("run", "other"):
         (tmp_path / name / "checkpoints" / "3").mkdir(parents=True)
     source = {".": "run/checkpoints/3", "../other": "full"}[output]
