@@ -48,7 +48,12 @@ def edited(**changes):
         ({"model__width": True}, r"SoraConfig\.model\.width: expected int, got True"),
         ({"model__remat": "some"}, r"remat: expected one of 'none', 'dots', 'full', got 'some'"),
         ({"patch__size": [1, 2]}, r"patch\.size: expected 3 values"),
-        ({"version": 99}, r"reads version 1 of the config, got 99"),
+        ({"version": 99}, r"SoraConfig: this code reads versions up to 2 of the config, got 99"),
+        ({"version": True}, r"reads versions up to 2 of the config, got True"),
+        ({"kind": "dit"}, r"SoraConfig\.kind: expected 'sora', got 'dit'"),
+        ({"kind": 3}, r"SoraConfig: kind: expected a string, got 3"),
+        ({"components": {"codec": {}}}, r"SoraConfig: components\.codec: missing key 'kind'"),
+        ({"components": {"vae": {}}}, r"components: unknown key 'vae'; the keys are text_encoder, codec, process"),
         ({"patch__size": [1, 0, 2]}, r"PatchConfig\.size must be positive \(t, h, w\), got \(1, 0, 2\)"),
     ],
 )

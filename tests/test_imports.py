@@ -9,12 +9,14 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-GROUND = {"array_types", "config", "config_json", "files", "pixels", "provenance"}
+GROUND = {"array_types", "components", "config", "config_json", "files", "migrations", "pixels", "provenance"}
 CORE = GROUND | {"diffusion", "patches", "models", "data", "parallel"}
 ALLOWED = {
     "array_types": set(),
     "config": set(),
-    "config_json": set(),
+    "components": set(),
+    "config_json": {"components", "migrations"},
+    "migrations": set(),
     "files": set(),
     "pixels": {"array_types"},
     "provenance": {"array_types"},

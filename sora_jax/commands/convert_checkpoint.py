@@ -40,7 +40,8 @@ from sora_jax.convert.minilm import convert_minilm
 from sora_jax.convert.sd_vae import convert_sd_vae
 from sora_jax.convert.vit import convert_vit
 from sora_jax.convert.vivit import convert_vivit
-from sora_jax.families.load import config_class, export_model, load_model
+from sora_jax.families.load import export_model, load
+from sora_jax.families.registry import FAMILIES
 from sora_jax.files import check_writable, write_whole
 from sora_jax.training.checkpoint import FOLDER
 
@@ -69,7 +70,7 @@ class MiniLMCommand:
 
 @dataclasses.dataclass(frozen=True)
 class DDPMCommand:
-    """A U-Net of DDPM in the layout of diffusers (google/ddpm-cifar10-32 ...), as `load_unet` reads it.
+    """A U-Net of DDPM in the layout of diffusers (google/ddpm-cifar10-32 ...).
 
     Attributes:
         source: directory with config.json and diffusion_pytorch_model.safetensors or .bin, or such a file of weights.
@@ -90,7 +91,7 @@ class DDPMCommand:
 
 @dataclasses.dataclass(frozen=True)
 class SDVAECommand:
-    """Stable Diffusion's image autoencoder (stabilityai/sd-vae-ft-mse ...), as `load_image_vae` reads it.
+    """Stable Diffusion's image autoencoder (stabilityai/sd-vae-ft-mse ...).
 
     Attributes:
         source: directory with config.json and diffusion_pytorch_model.safetensors or .bin, or that file; or a
@@ -112,7 +113,7 @@ class SDVAECommand:
 
 @dataclasses.dataclass(frozen=True)
 class ViTCommand:
-    """A ViT, hybrid or not, from an official .npz file or in the layout of transformers or timm, for `load_vit`.
+    """A ViT, hybrid or not, from an official .npz file or in the layout of transformers or timm.
 
     Attributes:
         source: .npz file; or a directory with config.json and model.safetensors or pytorch_model.bin, or that file.
@@ -133,7 +134,7 @@ class ViTCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ViViTCommand:
-    """A ViViT (Model 1) in the layout of transformers (google/vivit-b-16x2 ...), as `load_vivit` reads it.
+    """A ViViT (Model 1) in the layout of transformers (google/vivit-b-16x2 ...).
 
     Attributes:
         source: directory with config.json and model.safetensors or pytorch_model.bin, or that file of weights.
@@ -152,7 +153,7 @@ class ViViTCommand:
 
 @dataclasses.dataclass(frozen=True)
 class DiTCommand:
-    """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...), for `load_dit`.
+    """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...).
 
     Attributes:
         source: file in the official layout (the averaged weights of a training checkpoint are taken); or a directory
@@ -221,13 +222,14 @@ class ExportCommand:
         run = source.parent.parent if source.parent.name == FOLDER else source
         if (run / FOLDER).exists() and run in (output, *output.parents):
             raise ValueError(f"--output must be outside of the run {run}, got {self.output}.")
-        config, params = load_model(self.source, kind=config_class(self.source))
+        loaded = load(self.source, kinds=tuple(FAMILIES))
+        config = loaded.config
         # Where data and autoencoder lay on the machine that trained the model means nothing elsewhere.
         for part, field in (("data", "path"), ("sample", "vae")):
             if hasattr(getattr(config, part, None), field):
                 there = dataclasses.replace(getattr(config, part), **{field: ""})
                 config = dataclasses.replace(config, **{part: there})
-        export_model(output, config, params, storage_dtype=self.storage_dtype)
+        export_model(output, config, loaded.params, self.storage_dtype, loaded.components)
         files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
         return {"output": self.output, "files": files}
 

@@ -24,14 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import sys
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
-from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -258,7 +256,8 @@ class LatentsCommand:
         import jax  # here, as the worker processes of the other commands import this file
         from jax.experimental import multihost_utils
 
-        from sora_jax.models.autoencoder.codec import ImageCodec
+        from sora_jax.families.load import load_codec
+        from sora_jax.models.weights import weights_fingerprint
 
         index, count = self.process_index, self.process_count
         if self.multihost:
@@ -266,7 +265,7 @@ class LatentsCommand:
             index, count = jax.process_index(), jax.process_count()
         fields = (field.name for field in dataclasses.fields(LatentOptions))
         options = LatentOptions(**{name: getattr(self, name) for name in fields})
-        codec = ImageCodec.from_pretrained(self.vae, self.compute_dtype)
+        codec = load_codec(self.vae, self.compute_dtype)
         if self.batch_size % jax.local_device_count():
             raise ValueError(
                 f"batch_size must be a multiple of {jax.local_device_count()} devices, got {self.batch_size}."
@@ -276,15 +275,16 @@ class LatentsCommand:
             posterior = codec.posterior(images)
             return posterior.mean, posterior.std
 
-        digest = hashlib.sha256()
-        for name in ("config.json", "model.safetensors"):
-            digest.update((epath.Path(self.vae) / name).read_bytes())
         report = latents.prepare_latents(
             self.source,
             encode,
             codec.strides,
             codec.channels,
-            {"sha256": digest.hexdigest(), "scaling_factor": codec.scale, "compute_dtype": self.compute_dtype},
+            {
+                "sha256": weights_fingerprint(self.vae),
+                "scaling_factor": codec.scale,
+                "compute_dtype": self.compute_dtype,
+            },
             self.output,
             options,
             self.batch_size,

@@ -39,6 +39,7 @@ from sora_jax.commands.host_memory import keep_freed_memory
 from sora_jax.commands.process import prepare_process
 from sora_jax.config import ExperimentConfig, MixturePart, StudyConfig
 from sora_jax.configs import config_names, load_config
+from sora_jax.families.load import check_family
 from sora_jax.families.registry import task_for
 from sora_jax.families.sora import SoraConfig
 from sora_jax.files import check_writable, write_whole
@@ -278,6 +279,7 @@ def train_one(
     config: ExperimentConfig, workdir: epath.Path, init_from: str | None, console: rich.console.Console
 ) -> tuple[Any, Outcome]:
     """Trains one run to its end (or to a preemption), unless it is there already."""
+    check_family(workdir, config)
     run = make_run(config, workdir, console)
     outcome = train(
         run.config,
@@ -285,6 +287,7 @@ def train_one(
         run.open_batches,
         task_for(run.config),
         data_fingerprints=run.data_fingerprints,
+        components=run.components(),
         init_from=run.initial_params(init_from) if init_from else None,
         sample_sheet=run.sample_sheet,
         console=console,

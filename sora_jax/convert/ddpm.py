@@ -167,7 +167,7 @@ def convert_ddpm(source: epath.PathLike, config: epath.PathLike | None = None) -
         config: its `config.json` (default: the one beside the weights).
 
     Returns:
-        The contents of the files that `load_unet` reads, by name.
+        The contents of the files that `sora_jax.load` reads, by name.
 
     Raises:
         FileNotFoundError: weights or config that are missing.

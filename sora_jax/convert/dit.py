@@ -268,7 +268,7 @@ def convert_dit(
         num_classes: of an official file, see `official_config`.
 
     Returns:
-        The contents of the files that `load_dit` reads, by name.
+        The contents of the files that `sora_jax.load` reads, by name.
 
     Raises:
         FileNotFoundError: weights or config that are missing.

@@ -160,7 +160,7 @@ def convert_sd_vae(source: epath.PathLike, config: epath.PathLike | None = None)
         config: the `config.json` of diffusers' layout (default: the one beside the weights).
 
     Returns:
-        The contents of the files that `load_image_vae` reads, by name.
+        The contents of the files that `sora_jax.load` reads, by name.
 
     Raises:
         FileNotFoundError: weights or config that are missing.

@@ -304,7 +304,7 @@ def convert_vit(source: epath.PathLike, image_size: tuple[int, int] | None = Non
         image_size: (height, width) of an official or a timm model whose images are not square; None where they are.
 
     Returns:
-        The contents of the files that `load_vit` reads, by name.
+        The contents of the files that `sora_jax.load` reads, by name.
 
     Raises:
         FileNotFoundError: weights or config that are missing.

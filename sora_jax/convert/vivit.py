@@ -51,7 +51,7 @@ def convert_vivit(source: epath.PathLike) -> dict[str, bytes]:
             file of weights beside its config.
 
     Returns:
-        The contents of the files that `load_vivit` reads, by name.
+        The contents of the files that `sora_jax.load` reads, by name.
 
     Raises:
         FileNotFoundError: weights or config that are missing.

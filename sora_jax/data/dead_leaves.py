@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -39,6 +40,8 @@ class DeadLeavesConfig(BatchConfig):
         num_images: that are trained on.
         image_seed: of the images.
     """
+
+    kind: ClassVar[str] = "dead_leaves"
 
     eval_splits: tuple[str, ...] = ("held_out",)
     size: int = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,8 @@ class StillsConfig(BatchConfig):
         size: of the square canvas that each still is centred on, in pixels.
         channels: 1 for grey, 3 for RGB.
     """
+
+    kind: ClassVar[str] = "stills"
 
     eval_splits: tuple[str, ...] = ("unseen",)
     path: str = ""

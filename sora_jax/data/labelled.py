@@ -29,6 +29,7 @@ class FixedSize:
         size: (height, width) in pixels or latent cells.
     """
 
+    kind: ClassVar[str] = "fixed_size"
     one_size: ClassVar[bool] = True
     size: tuple[int, int] = (224, 224)
 
@@ -51,6 +52,7 @@ class NativeSize:
         token_drop: how many patches of a sample are left out in training (None: none).
     """
 
+    kind: ClassVar[str] = "native_size"
     one_size: ClassVar[bool] = False
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
@@ -78,6 +80,8 @@ class LabelledDataConfig(PackedDataConfig):
         min_seconds: clips that are shorter are left out.
         label: `class` of the data set, or the `speed`, by its index in `speeds`; or `none`.
     """
+
+    kind: ClassVar[str] = "recognition"
 
     eval_splits: tuple[str, ...] = ("unseen",)
     text_length: int = 0

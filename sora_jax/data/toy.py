@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class SwissRollConfig(BatchConfig):
         noise: standard deviation of the noise around the roll, where each coordinate has unit variance.
     """
 
+    kind: ClassVar[str] = "swiss_roll"
+
     eval_splits: tuple[str, ...] = ("held_out",)
     noise: float = 0.0025
 
@@ -57,6 +60,8 @@ class SwissRollConfig(BatchConfig):
 @dataclasses.dataclass(frozen=True)
 class HeartbeatConfig(BatchConfig):
     """Binary heartbeats of 20 bins (`sora_jax.data.toy`), drawn afresh for each batch."""
+
+    kind: ClassVar[str] = "heartbeat"
 
     eval_splits: tuple[str, ...] = ("held_out",)
 

@@ -9,7 +9,7 @@ Whoever samples knows a `Process` alone: its ladder of levels, and the denoise f
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class GaussianConfig:
         min_snr: the squared error of x_0 is weighted by min(SNR, min_snr) (arXiv:2303.09556, which takes 5); None for
             the error of the prediction as it is. Of the loss `simple`.
     """
+
+    kind: ClassVar[str] = "gaussian"
 
     num_levels: int = 1000
     schedule: Literal["linear", "cosine", "log_snr"] = "linear"

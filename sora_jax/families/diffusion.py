@@ -54,6 +54,8 @@ class BinomialConfig:
         num_levels: steps of the process, T.
     """
 
+    kind: ClassVar[str] = "binomial"
+
     num_levels: int = 2000
 
     def __post_init__(self) -> None:

@@ -1,82 +1,236 @@
-"""Models on the disk: runs, their checkpoints, and exported models (safetensors and the run's JSON)."""
+"""Models on the disk: runs, their checkpoints, exported models (safetensors and JSON) and converted weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import UNKNOWN, CodecComponent, Components
 from sora_jax.config import ExperimentConfig
-from sora_jax.families.registry import FAMILIES, load, make_task
-from sora_jax.families.sora import SoraConfig
+from sora_jax.config_json import config_of
+from sora_jax.families.registry import FAMILIES, config_class, make_task
 from sora_jax.files import write_whole
-from sora_jax.models.kinds import kind_of
+from sora_jax.models.autoencoder.codec import ImageCodec
+from sora_jax.models.networks import NETWORKS
 from sora_jax.models.quantize import quantize_tensors
-from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, read_params, tensor_bytes
+from sora_jax.models.tensor_file import read_sharded
+from sora_jax.models.weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_shapes,
+    read_document,
+    read_params,
+    tensor_bytes,
+    weights_fingerprint,
+)
+from sora_jax.parallel.rules import param_shardings
 from sora_jax.provenance import flat_names
-from sora_jax.training.checkpoint import read_checkpoint, run_directory_of
+from sora_jax.training.checkpoint import latest_step, read_checkpoint, run_directory_of
 from sora_jax.training.checkpoint_folder import FOLDER
-from sora_jax.training.run_directory import Config, read_config, read_keys, write_config
-from sora_jax.training.state import abstract_params
+from sora_jax.training.run_directory import write_config
+from sora_jax.training.state import abstract_params, init_params
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 INT8_GROUP = 64  # numbers of a kernel's row that share a scale, or as many as divide the row
 
 
-def config_class(path: epath.PathLike) -> type[ExperimentConfig]:
-    """Returns the class of the config of a run, one of its checkpoints or an exported model.
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a directory says that it holds.
+
+    Attributes:
+        path: of the run, the checkpoint, the exported model or the converted weights.
+        kind: of `FAMILIES`, of what was trained here, or of `NETWORKS`, of converted weights.
+        config: of the experiment that trained it; of converted weights, the network's.
+        components: that it was trained with.
+    """
+
+    path: epath.Path
+    kind: str
+    config: Any
+    components: Components
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the config is an experiment's, rather than a network's."""
+        return self.kind in FAMILIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Description):
+    """A model.
+
+    Attributes:
+        params: nested parameters, unboxed; of runs, those of the task.
+    """
+
+    params: PyTree
+
+
+def describe(path: epath.PathLike) -> Description:
+    """Reads what is at a path, without its parameters.
+
+    Args:
+        path: a run, one of its checkpoints (`WORKDIR/checkpoints/STEP`), an exported model or converted weights.
 
     Raises:
         FileNotFoundError: there is none of them at `path`.
-        ValueError: what is there is something else, which is named.
-    """
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
-    keys = read_keys(path)
-    if not keys:
-        raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
-    kind = kind_of(keys)
-    if kind is None or not kind.run:
-        what = "of no kind that is known" if kind is None else kind.what
-        raise ValueError(f"{path} is neither a run nor an exported model: it is {what}.")
-    return next(load(family.config) for family in FAMILIES.values() if family.config.endswith(f":{kind.config}"))
-
-
-def load_model(path: epath.PathLike, averaged: bool = True, kind: type[Config] = SoraConfig) -> tuple[Config, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: a run (its newest checkpoint is read), one checkpoint of a run (`WORKDIR/checkpoints/STEP`) or an
-            exported model.
-        averaged: of a run, read the EMA of the parameters rather than the parameters.
-        kind: of the experiment that trained it.
-
-    Returns:
-        The config, and the parameters as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: there is no model at `path`.
-        ValueError: another kind of model, which is named, or parameters that are not those of its config or not finite,
-            naming the first.
+        ValueError: a config of no kind that is known, or one that cannot be read; or several runs.
     """
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
-    if (path / WEIGHTS_FILE).exists():
-        config = read_config(path, kind)
-        params = read_params(path / WEIGHTS_FILE)
+    file = run_directory_of(path) / CONFIG_FILE
+    if not file.exists():
+        if runs := [run.parent.name for run in sorted(path.glob(f"*/{CONFIG_FILE}"))]:
+            raise ValueError(f"{path} holds several runs or models, name one of them: {', '.join(runs)}.")
+        raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
+    document = read_document(file)
+    if document.kind not in {**FAMILIES, **NETWORKS}:
+        raise ValueError(
+            f"{file} is of {'no kind' if document.kind is None else f'the kind {document.kind!r}'} that is known; the "
+            f"kinds are {', '.join([*FAMILIES, *NETWORKS])}."
+        )
+    in_family = document.kind in FAMILIES
+    cls = config_class(document.kind) if in_family else NETWORKS[document.kind].config_class()
+    try:
+        config = config_of(cls, document)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Description(path, document.kind, config, document.components)
+
+
+def expect(found: Description, *kinds: str) -> None:
+    """Checks that a model is of one of some kinds.
+
+    Args:
+        found: of `describe` or `load`.
+        kinds: of `FAMILIES` and `NETWORKS`.
+
+    Raises:
+        ValueError: it is of another, saying what it is, what was wanted and what takes it.
+    """
+    if found.kind not in kinds:
+        words = {**FAMILIES, **NETWORKS}
+        wanted = " or ".join(words[kind].what for kind in kinds)
+        raise ValueError(f"{found.path} is {words[found.kind].what}, not {wanted}: {words[found.kind].use}.")
+
+
+def load(
+    path: epath.PathLike,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    averaged: bool = True,
+    kinds: Sequence[str] = (),
+) -> Loaded:
+    """Reads a model, whatever it is: its directory says so.
+
+    Args:
+        path: a run (its newest checkpoint is read), one checkpoint of a run (`WORKDIR/checkpoints/STEP`), an exported
+            model, or weights that `experiments/convert_checkpoint.py` wrote; local or `gs://`.
+        mesh: devices that the parameters are read to, each getting its share (`sora_jax.parallel.rules`).
+        dtype: of the parameters (None: float32).
+        averaged: of a run, read the EMA of the parameters rather than the parameters.
+        kinds: that are wanted; see `expect`, which is asked before any parameter is read.
+
+    Returns:
+        The model; its parameters are arrays of the mesh, or NumPy arrays without one.
+
+    Raises:
+        FileNotFoundError: there is no model at `path`.
+        ValueError: another kind of model, or parameters that are not those of its config or not finite, naming the
+            first.
+    """
+    found = describe(path)
+    if kinds:
+        expect(found, *kinds)
+    path, dtype = found.path, jax.numpy.dtype(dtype or np.float32)
+    boxed = _boxed_params(found)
+    expected = nn.meta.unbox(boxed)
+    weights = path / WEIGHTS_FILE
+    if not weights.exists() and not found.trained_here:
+        raise FileNotFoundError(f"{path} lacks {WEIGHTS_FILE}, which experiments/convert_checkpoint.py writes.")
+    if mesh is None:
+        params = read_params(weights) if weights.exists() else read_checkpoint(path, averaged)
+        check_shapes(params, expected, str(path))
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
+    elif weights.exists():
+        params = read_sharded(weights, expected, param_shardings(boxed, mesh), dtype)
     else:
-        config = read_config(run_directory_of(path), kind)
-        params = read_checkpoint(path, averaged)
-    check_shapes(params, abstract_params(make_task(config)), str(path))
-    return config, params
+        shardings = param_shardings(boxed, mesh)
+        like = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding), expected, shardings
+        )
+        params = read_checkpoint(path, averaged, like)
+    return Loaded(path, found.kind, found.config, found.components, params)
+
+
+def load_codec(
+    path: epath.PathLike,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> ImageCodec:
+    """Loads the codec of an autoencoder that `experiments/convert_checkpoint.py sd-vae` wrote.
+
+    Args:
+        path: of the directory.
+        dtype: of the computation (default: what the files say).
+        devices: that frames are split over (default: all of this host).
+
+    Raises:
+        FileNotFoundError: a file that is missing.
+        ValueError: files that do not make an autoencoder.
+    """
+    found = load(path, kinds=("image_vae",))
+    config = found.config if dtype is None else dataclasses.replace(found.config, dtype=dtype)
+    return ImageCodec(config, found.params, devices)
+
+
+def codec_component(path: epath.PathLike, codec: ImageCodec) -> CodecComponent:
+    """Returns what says of the codec that was loaded from `path` which one it is."""
+    return CodecComponent(codec.kind, weights_fingerprint(path), codec.scale)
+
+
+def _boxed_params(found: Description) -> PyTree:
+    """Returns the shapes and logical axes of a model's parameters."""
+    if not found.trained_here:
+        return NETWORKS[found.kind].abstract_params(found.config)
+    task = make_task(found.config)
+    return jax.eval_shape(lambda: init_params(task))
+
+
+def check_family(workdir: epath.PathLike, config: ExperimentConfig) -> None:
+    """Checks that a directory, where it has checkpoints, holds a run of the family that is to be trained in it.
+
+    Raises:
+        ValueError: the run is another family's, saying which.
+    """
+    if latest_step(workdir) is None:
+        return
+    found = describe(workdir)
+    if found.kind != config.kind:
+        raise ValueError(
+            f"{workdir} holds {FAMILIES[found.kind].what}, and {FAMILIES[config.kind].what} was to be trained in it: "
+            "choose another --workdir."
+        )
 
 
 def export_model(
-    path: epath.PathLike, config: ExperimentConfig, params: PyTree, storage_dtype: str = "float32"
+    path: epath.PathLike,
+    config: ExperimentConfig,
+    params: PyTree,
+    storage_dtype: str = "float32",
+    components: Components = UNKNOWN,
 ) -> None:
     """Writes a model as `model.safetensors` (names joined by dots) and `config.json`.
 
@@ -87,6 +241,7 @@ def export_model(
         storage_dtype: of the numbers in the file, `float32`, `bfloat16`, `float16`, or `int8`, which stores kernels in
             8 bits with a scale for each 64 numbers (`sora_jax.models.quantize`) and the rest as float32. Reading
             gives float32 again.
+        components: that the model was trained with.
 
     Raises:
         ValueError: a run at `path`, an unknown `storage_dtype`, parameters that are not those of `config`, or one that
@@ -111,4 +266,4 @@ def export_model(
             raise ValueError(f"parameter {name} cannot be stored as {storage_dtype}: a value is not finite.")
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / WEIGHTS_FILE, tensor_bytes(tensors))
-    write_config(path, config)
+    write_config(path, config, components)

@@ -97,6 +97,10 @@ class ClassificationConfig(RecognitionConfig):
             check(self.model.num_classes == speeds, self.model, "num_classes", f"the {speeds} of data.speeds")
         check_rows(self.model, self.data, self.patch)
 
+    def image_network(self, params: PyTree) -> tuple[ViTConfig | ViViTConfig | NaViTConfig, PyTree]:
+        """Returns config and parameters of the network of images in a task's parameters."""
+        return self.model, params
+
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig(RecognitionConfig):
@@ -127,6 +131,10 @@ class ContrastiveConfig(RecognitionConfig):
         check(self.data.label == "none", self.data, "label", "'none': the captions are what is learned from")
         check(self.data.caption_dropout == 0, self.data, "caption_dropout", "0: an image belongs to its own caption")
         check_rows(self.model, self.data, self.patch)
+
+    def image_network(self, params: PyTree) -> tuple[NaViTConfig, PyTree]:
+        """Returns config and parameters of the network of images in a task's parameters."""
+        return self.model, params["image"]
 
 
 def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: LabelledDataConfig, patch: PatchConfig) -> None:

@@ -65,16 +65,16 @@ FAMILIES: dict[str, Family] = {
 
 # What draws sets of images of a model, by the dataclass of its config: of runs and of converted weights.
 SAMPLED: dict[str, str] = {
-    "SoraConfig": "sora_jax.generation.sets:TextSet",
-    "ClassConditionalConfig": "sora_jax.generation.sets:ClassSet",
-    "DiTConfig": "sora_jax.generation.sets:ClassSet",
-    "DiffusionConfig": "sora_jax.generation.sets:diffusion_set",
-    "UNetConfig": "sora_jax.generation.sets:ddpm_set",
+    "sora": "sora_jax.generation.sets:TextSet",
+    "dit": "sora_jax.generation.sets:ClassSet",
+    "dit_model": "sora_jax.generation.sets:ClassSet",
+    "diffusion": "sora_jax.generation.sets:diffusion_set",
+    "unet": "sora_jax.generation.sets:ddpm_set",
 }
 
 
-def load(name: str) -> Any:
-    """Imports what `module:name` stands for."""
+def imported(name: str) -> Any:
+    """Returns what `module:name` stands for."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -92,7 +92,7 @@ def family_of(config: ExperimentConfig) -> Family:
 
 def config_class(kind: str) -> type[ExperimentConfig]:
     """Returns the class of the configs of a kind; KeyError where there is none."""
-    return load(FAMILIES[kind].config)
+    return imported(FAMILIES[kind].config)
 
 
 def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str | None = None) -> Task:
@@ -111,7 +111,7 @@ def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str 
     kernel = xla_attention
     if mesh is not None and name is not None:
         kernel = attention_for(name, mesh, platform, packed=config.data.max_segments > 1)
-    return load(family_of(config).task)(config, kernel)
+    return imported(family_of(config).task)(config, kernel)
 
 
 def task_for(config: ExperimentConfig) -> Callable[[Mesh], Task]:

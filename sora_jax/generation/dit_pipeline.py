@@ -21,18 +21,18 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Int, NumpyArray, PyTree
+from sora_jax.components import Components, warn_of_difference
 from sora_jax.config import PatchConfig
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, network
-from sora_jax.families.load import load_model
+from sora_jax.families.load import codec_component, load, load_codec
 from sora_jax.generation.canvas import ClipRequest
 from sora_jax.generation.clips import ClassConditioner, ClipGenerator
 from sora_jax.generation.generator import Generator, sample_seeds, sampling_mesh
 from sora_jax.models.attention import AttentionFn
-from sora_jax.models.autoencoder.codec import Codec, IdentityCodec, ImageCodec
-from sora_jax.models.dit import DiT, DiTConfig, load_dit
+from sora_jax.models.autoencoder.codec import Codec, IdentityCodec
+from sora_jax.models.dit import DiT, DiTConfig
 from sora_jax.parallel.attention import attention_for
-from sora_jax.training.run_directory import read_keys
 
 
 class DiTPipeline:
@@ -101,22 +101,20 @@ class DiTPipeline:
             ValueError: the files there do not make a model; or an autoencoder for a model of pixels, or of latents of
                 another number of channels.
         """
-        if "optimizer" in read_keys(path):
-            experiment, params = load_model(path, averaged, ClassConditionalConfig)
-            config, pixels = experiment.model, experiment.makes_pixels
-        else:
-            experiment, pixels = None, False
-            config, params = load_dit(path)
+        loaded = load(path, averaged=averaged, kinds=("dit", "dit_model"))
+        experiment, params = loaded.config if loaded.trained_here else None, loaded.params
+        config, pixels = (experiment.model, experiment.makes_pixels) if experiment else (loaded.config, False)
         codec = None
         if vae is not None:
             if pixels:
                 raise ValueError(f"{path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
-            codec = ImageCodec.from_pretrained(vae, devices=devices)
+            codec = load_codec(vae, devices=devices)
             if codec.channels != config.in_channels:
                 raise ValueError(
                     f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
                     f"{codec.channels}."
                 )
+            warn_of_difference(loaded.components, Components(codec=codec_component(vae, codec)), str(path))
         if experiment is None:
             return cls(config, params, codec, devices=devices)
         return cls.of_experiment(experiment, params, codec, devices)

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import NumpyArray, PyTree
+from sora_jax.components import Components, TextEncoderComponent, warn_of_difference
 from sora_jax.diffusion.process import FlowProcess
 from sora_jax.families.sora import SoraConfig, network
 from sora_jax.generation.canvas import make_requests
@@ -95,11 +96,14 @@ class SoraPipeline:
             FileNotFoundError: there is no model at `path`.
             ValueError: the files there do not make a model.
         """
-        from sora_jax.families.load import load_model
+        from sora_jax.families.load import load
         from sora_jax.models.text.minilm import load_text_encoder
 
-        config, params = load_model(DEFAULT_MODEL if path is None else epath.Path(path))
-        return cls(config, params, load_text_encoder())
+        loaded = load(DEFAULT_MODEL if path is None else path, kinds=("sora",))
+        encoder = load_text_encoder()
+        component = TextEncoderComponent(encoder.name, encoder.fingerprint, loaded.config.data.max_caption_tokens)
+        warn_of_difference(loaded.components, Components(text_encoder=component), str(loaded.path))
+        return cls(loaded.config, loaded.params, encoder)
 
     @property
     def params(self) -> PyTree:

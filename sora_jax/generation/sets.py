@@ -15,19 +15,17 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Int, NumpyArray, PyTree
+from sora_jax.components import Components, warn_of_difference
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig, Process
-from sora_jax.families.diffusion import DiffusionConfig, diffusion_task
-from sora_jax.families.load import load_model
-from sora_jax.families.registry import SAMPLED, load
+from sora_jax.families.diffusion import diffusion_task
+from sora_jax.families.load import codec_component, describe, expect, load, load_codec
+from sora_jax.families.registry import SAMPLED, imported
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.generator import Generator, plain_draw, sample_seeds
 from sora_jax.generation.pipeline import SoraPipeline
-from sora_jax.models.autoencoder.codec import ImageCodec
-from sora_jax.models.kinds import kind_of
-from sora_jax.models.unet import UNet, load_unet
+from sora_jax.models.unet import UNet
 from sora_jax.pixels import to_pixels
-from sora_jax.training.run_directory import read_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +108,9 @@ def open_set(path: str | epath.PathLike, options: SetOptions) -> ImageSet:
         FileNotFoundError: no model, or no autoencoder.
         ValueError: a model of another kind, or options that do not fit it.
     """
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(f"no model at {path}.")
-    kind = kind_of(read_keys(path))
-    if kind is None or kind.config not in SAMPLED:
-        what = "nothing that is known" if kind is None else f"{kind.what}: {kind.use}"
-        raise ValueError(f"{path} makes no images; it is {what}.")
-    return load(SAMPLED[kind.config])(path, options)
+    found = describe(path)
+    expect(found, *SAMPLED)
+    return imported(SAMPLED[found.kind])(path, options)
 
 
 class ClassSet:
@@ -162,8 +156,12 @@ class TextSet:
     def __init__(self, path: str | epath.PathLike, options: SetOptions) -> None:
         from sora_jax.models.text.minilm import load_text_encoder
 
-        codec = None if options.vae is None else ImageCodec.from_pretrained(options.vae)
-        config, params = load_model(path, options.averaged)
+        loaded = load(path, averaged=options.averaged, kinds=("sora",))
+        config, params = loaded.config, loaded.params
+        codec = None if options.vae is None else load_codec(options.vae)
+        if codec is not None:
+            component = codec_component(options.vae, codec)
+            warn_of_difference(loaded.components, Components(codec=component), str(path))
         self._options, self._pipeline = options, SoraPipeline(config, params, load_text_encoder(), codec)
         self.name, self.precision = f"Sora width {config.model.width} depth {config.model.depth}", config.model.dtype
         self.params = self._pipeline.params
@@ -245,7 +243,8 @@ class PlainSet:
 
 def diffusion_set(path: str | epath.PathLike, options: SetOptions) -> PlainSet:
     """Returns the set of a run of discrete diffusion of images."""
-    config, params = load_model(path, options.averaged, DiffusionConfig)
+    loaded = load(path, averaged=options.averaged, kinds=("diffusion",))
+    config, params = loaded.config, loaded.params
     shape, task = config.data.shape, diffusion_task(config)
     if len(shape) != 3:
         raise ValueError(f"{path} makes no images, but examples of shape {shape}.")
@@ -260,7 +259,8 @@ def diffusion_set(path: str | epath.PathLike, options: SetOptions) -> PlainSet:
 
 def ddpm_set(path: str | epath.PathLike, options: SetOptions) -> PlainSet:
     """Returns the set of converted DDPM weights: the chain of the paper, of 1000 steps with the largest variance."""
-    config, params = load_unet(path)
+    loaded = load(path, kinds=("unet",))
+    config, params = loaded.config, loaded.params
     if options.size is None:
         raise ValueError("size must be given for DDPM weights, which do not say what images they make.")
     _check_size(options.size, config.size_multiple)

@@ -25,14 +25,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import linen as nn
 
-from sora_jax.array_types import Array, Float, Int, PyTree
+from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import check
 from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.models.layers import dense, layer_norm, modulate, sinusoidal_embedding
@@ -45,7 +44,6 @@ from sora_jax.models.transformer import (
     expand_levels,
     scanned_blocks,
 )
-from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify, unpatchify
 from sora_jax.patches.segments import segment_one_hot, without_padding
 
@@ -79,6 +77,8 @@ class DiTConfig:
         num_label_rows: rows of the table of label embeddings: `num_classes` where there is no null class, and guidance
             is not possible; None for one more.
     """
+
+    kind: ClassVar[str] = "dit_model"
 
     image_size: tuple[int, int] = (32, 32)
     patch_size: int = 2
@@ -348,19 +348,3 @@ def init_params(model: DiT, key: jax.Array) -> dict:
 def abstract_params(model: DiT) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_dit(path: epath.PathLike) -> tuple[DiTConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py dit` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `DiT(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, DiTConfig, "DiT", lambda config: abstract_params(DiT(config)))

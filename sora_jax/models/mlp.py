@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ class RBFConfig:
         num_units: radial basis functions.
         num_steps: T, each with a readout of its own.
     """
+
+    kind: ClassVar[str] = "rbf"
 
     in_channels: int = 2
     out_channels: int = 4
@@ -66,6 +69,8 @@ class MLPConfig:
         num_frequencies: Fourier features of the input, each a cosine and a sine (0: none).
         frequency_range: (lowest, highest) of them at the start, in cycles per unit of the input.
     """
+
+    kind: ClassVar[str] = "mlp"
 
     in_channels: int = 2
     out_channels: int = 2

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import einops
 import jax
@@ -49,6 +49,8 @@ class MultiscaleConfig:
         modulated: the layers are told of time, too.
         dtype: of the computation; parameters, time and the readout stay float32.
     """
+
+    kind: ClassVar[str] = "multiscale"
 
     in_channels: int = 1
     out_channels: int = 2

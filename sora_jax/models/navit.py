@@ -69,6 +69,8 @@ class NaViTConfig:
         attention: name of a kernel (see `sora_jax.parallel.attention`).
     """
 
+    kind: ClassVar[str] = "navit"
+
     width: int = 768
     depth: int = 12
     num_heads: int = 12

@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import einops
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import linen as nn
 
-from sora_jax.array_types import Array, Float, Int, PyTree
+from sora_jax.array_types import Array, Float, Int
 from sora_jax.config import check
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import conv, dense, group_norm, sinusoidal_embedding
-from sora_jax.models.weights import read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +47,8 @@ class UNetConfig:
         dropout: share of the values dropped in a residual block, in training.
         dtype: of the computation; parameters, norms, softmax and the embedding of time stay float32.
     """
+
+    kind: ClassVar[str] = "unet"
 
     in_channels: int = 3
     out_channels: int = 3
@@ -229,19 +229,3 @@ def init_params(model: UNet, key: jax.Array) -> dict:
 def abstract_params(model: UNet) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_unet(path: epath.PathLike) -> tuple[UNetConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py ddpm` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `UNet(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, UNetConfig, "U-Net", lambda config: abstract_params(UNet(config)))

@@ -18,7 +18,6 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, PyTree
@@ -28,7 +27,6 @@ from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
 from sora_jax.models.transformer import Context, FeedForward, SelfAttention, Sublayer, scanned_blocks
-from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
 
@@ -56,6 +54,8 @@ class ViTConfig:
         attention: name of a kernel (see `sora_jax.parallel.attention`).
         stem: the ResNet of a hybrid, or None.
     """
+
+    kind: ClassVar[str] = "vit"
 
     image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
@@ -294,19 +294,3 @@ def init_params(model: ViT, key: jax.Array) -> dict:
 def abstract_params(model: ViT) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_vit(path: epath.PathLike) -> tuple[ViTConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py vit` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `ViT(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, ViTConfig, "ViT", lambda config: abstract_params(ViT(config)))

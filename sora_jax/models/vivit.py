@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from etils import epath
 from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, PyTree
@@ -32,7 +31,6 @@ from sora_jax.models.attention import AttentionFn, RowAttention, xla_attention
 from sora_jax.models.layers import dense
 from sora_jax.models.recognition import SegmentOutput, one_segment, whole_clips
 from sora_jax.models.vit import Encoder, ViTConfig, encoder_sublayers
-from sora_jax.models.weights import read_model
 from sora_jax.patches.patchify import patchify
 from sora_jax.patches.positions import interpolate_positions
 
@@ -60,6 +58,8 @@ class ViViTConfig:
         remat: what a block keeps for its backward pass: `none` keeps all, `dots` the matrix products, `full` nothing.
         attention: name of a kernel (see `sora_jax.parallel.attention`).
     """
+
+    kind: ClassVar[str] = "vivit"
 
     model: int = 1
     num_frames: int = 32
@@ -301,19 +301,3 @@ def init_params(model: ViViT, key: jax.Array) -> dict:
 def abstract_params(model: ViViT) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_vivit(path: epath.PathLike) -> tuple[ViViTConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py vivit` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `ViViT(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, ViViTConfig, "ViViT", lambda config: abstract_params(ViViT(config)))

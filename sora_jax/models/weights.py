@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
@@ -11,13 +12,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
-from flax import linen as nn
 from flax import traverse_util
 
-from sora_jax.array_types import NumpyArray, PyTree
-from sora_jax.config_json import from_json
+from sora_jax.array_types import Array, NumpyArray, PyTree
+from sora_jax.config_json import Document, as_first_written, config_of, parse
 from sora_jax.models.file_kinds import what_else
-from sora_jax.models.kinds import check_kind
 from sora_jax.models.quantize import dequantize_tensors
 from sora_jax.provenance import flat_names
 
@@ -29,7 +28,8 @@ _NAMES = {
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
+MAX_HEADER = 100_000_000  # bytes that the header of a safetensors file may have
+DTYPES = {name: jax.numpy.dtype(dtype) for name, dtype in _NAMES.items()}
 
 
 def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:
@@ -46,10 +46,23 @@ def check_shapes(found: PyTree, expected: PyTree, where: str) -> None:
 
 
 def check_finite(params: PyTree, where: str) -> None:
-    """Raises ValueError naming the first parameter with a value that is NaN or infinite."""
-    for name, value in flat_names(params).items():
-        if not np.isfinite(value).all():
+    """Raises ValueError naming the first parameter with a value that is NaN or infinite.
+
+    Parameters on devices are looked at there, each device at its share.
+    """
+    flat = flat_names(params)
+    if all(isinstance(value, jax.Array) for value in flat.values()):
+        finite = jax.device_get(_are_finite(list(flat.values())))
+    else:
+        finite = (np.isfinite(value).all() for value in flat.values())
+    for name, whole in zip(flat, finite, strict=True):
+        if not whole:
             raise ValueError(f"{where}: parameter {name} has a value that is not finite.")
+
+
+@jax.jit
+def _are_finite(values: list[Array]) -> list[Array]:
+    return [jax.numpy.isfinite(value).all() for value in values]
 
 
 def tensor_bytes(tensors: Mapping[str, NumpyArray]) -> bytes:
@@ -74,28 +87,40 @@ def tensors_of(data: bytes, where: str) -> dict[str, NumpyArray]:
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        words = what_else(data[:1000])
-        raise ValueError(
-            f"{where} is not a whole safetensors file: {f'it {words}' if words else _cut_short(data) or error}."
-        ) from error
+        raise not_whole(where, data, len(data), error) from error
     stored = {}
     for name, tensor in tensors:
-        if tensor["dtype"] not in _DTYPES:
-            raise ValueError(f"{where}: {name} has dtype {tensor['dtype']}; this reads {', '.join(_DTYPES)}.")
-        stored[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(f"{where}: {name} has dtype {tensor['dtype']}; this reads {', '.join(DTYPES)}.")
+        stored[name] = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
     return stored
 
 
-def _cut_short(data: bytes) -> str | None:
+def not_whole(where: str, head: bytes, size: int, error: Exception) -> ValueError:
+    """Returns the error of a file that is no safetensors file, or not all of one.
+
+    Args:
+        where: the file is.
+        head: its beginning, with its header where it has one.
+        size: of the file, in bytes.
+        error: what reading it gave.
+    """
+    words = what_else(head[:1000])
+    return ValueError(
+        f"{where} is not a whole safetensors file: {f'it {words}' if words else _cut_short(head, size) or error}."
+    )
+
+
+def _cut_short(head: bytes, size: int) -> str | None:
     """Returns how much of a safetensors file is there, where its header promises more; None where it does not."""
-    length = int.from_bytes(data[:8], "little")
+    length = int.from_bytes(head[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + length])
-        size = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        header = json.loads(head[8 : 8 + length])
+        whole = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        cut = len(data) - 8 < length < 100_000_000  # the most that a header may have
-        return f"it is truncated: its header alone has {length} bytes, the file {len(data)}" if cut else None
-    return f"it is truncated: {len(data)} of its {size} bytes are there" if len(data) < size else None
+        cut = size - 8 < length <= MAX_HEADER
+        return f"it is truncated: its header alone has {length} bytes, the file {size}" if cut else None
+    return f"it is truncated: {size} of its {whole} bytes are there" if size < whole else None
 
 
 def read_params(path: epath.PathLike) -> PyTree:
@@ -117,54 +142,48 @@ def read_params(path: epath.PathLike) -> PyTree:
     return traverse_util.unflatten_dict(params, sep=".")
 
 
-def read_config_file(path: epath.PathLike, config_class: type[T]) -> T:
-    """Reads a `config.json`.
+def read_document(path: epath.PathLike) -> Document:
+    """Reads a `config.json`, whatever it is of.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is none of this version, naming the file and the key; or another kind's, which is named.
+        ValueError: it is none, or of no version that is known, naming the file.
     """
     path = epath.Path(path)
     text = path.read_text()
     try:
-        keys = json.loads(text)
-    except ValueError as error:
+        return parse(text)
+    except json.JSONDecodeError as error:
         words = what_else(text[:1000].encode())
         raise ValueError(f"{path} {words}." if words and "JSON" not in words else f"{path}: {error}") from error
-    if isinstance(keys, dict):
-        check_kind(keys, config_class.__name__, str(path.parent))
-    try:
-        return from_json(config_class, text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_model(
-    path: epath.PathLike, config_class: type[T], kind: str, abstract_params: Callable[[T], PyTree]
-) -> tuple[T, PyTree]:
-    """Reads the config and the parameters of a model directory that `experiments/convert_checkpoint.py` wrote.
-
-    Args:
-        path: the directory, local or `gs://`.
-        config_class: the dataclass that `config.json` holds.
-        kind: what errors call the model.
-        abstract_params: gives the shapes of the parameters of a config's model, boxed or not.
-
-    Returns:
-        The config, and nested parameters as NumPy arrays, float32.
+def read_config_file(path: epath.PathLike, config_class: type[T]) -> T:
+    """Reads a `config.json` of one kind.
 
     Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config; the message names it.
+        FileNotFoundError: there is none.
+        ValueError: it is none of this or an older version, or another kind's, naming the file and the key.
     """
-    path = epath.Path(path)
-    file = path / CONFIG_FILE
-    config = read_config_file(file, config_class) if file.is_file() else None  # first: it says what the directory is
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"no {kind} at {path}: {name} is missing (experiments/convert_checkpoint.py writes it)."
-            )
-    params = read_params(path / WEIGHTS_FILE)
-    check_shapes(params, nn.meta.unbox(abstract_params(config)), str(path))
-    return config, params
+    document = read_document(path)
+    try:
+        return config_of(config_class, document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def weights_fingerprint(directory: epath.PathLike) -> str:
+    """Returns the SHA-256 of the config and the weights of a converted model; the config's version does not change it.
+
+    Raises:
+        FileNotFoundError: a file that is missing.
+        ValueError: a config that cannot be read.
+    """
+    directory = epath.Path(directory)
+    digest = hashlib.sha256(as_first_written(read_document(directory / CONFIG_FILE)).encode())
+    with (directory / WEIGHTS_FILE).open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import CodecComponent, Components, ProcessComponent
 from sora_jax.data.dead_leaves import DeadLeavesConfig
 from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
 from sora_jax.data.identity import data_fingerprints
@@ -24,7 +26,7 @@ from sora_jax.diffusion.binomial import null_bits
 from sora_jax.evaluation.bound import BoundEstimate, estimate_bound
 from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian, fit_mcgsm
 from sora_jax.families.diffusion import DiffusionConfig, diffusion_task
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.files import write_whole
 from sora_jax.generation.progress import ProgressBar
 from sora_jax.runs import pictures
@@ -62,9 +64,13 @@ class DiffusionRun:
         self.data_fingerprints = functools.partial(data_fingerprints, config.data, splits)
         self._held_out = held_out_examples(config)  # before a run that could not be scored
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        return Components(codec=CodecComponent("identity"), process=ProcessComponent(self.config.process.kind))
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
-        return lambda: load_model(path, kind=type(self.config))[1]
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
     def open_batches(self, split: str, training: bool) -> ExampleBatches:
         """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
@@ -95,7 +101,7 @@ class DiffusionRun:
             `k_bits` and `k_stderr`, the bound and its standard error over the held-out examples, and what else is known
             of the data, all per `unit`.
         """
-        params = jax.device_put(load_model(self._workdir, kind=DiffusionConfig)[1])
+        params = jax.device_put(load(self._workdir).params)
         held_out = self._held_out
         bar = ProgressBar("bound")
         batches = self.config.num_draws * math.ceil(len(held_out) / min(BATCH, len(held_out)))

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import Components, ProcessComponent
 from sora_jax.data.content import check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load, load_codec
 from sora_jax.generation.dit_pipeline import DiTPipeline
-from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.runs import packed
 
 
@@ -46,15 +47,20 @@ class DiTRun:
         self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
         content = open_data(data)
         check_content(content, data, config.patch)
+        self._codec = packed.codec_component(content)
         if len(content.label_names) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {len(content.label_names)} classes of {content.path}, "
                 f"got {config.model.num_classes}."
             )
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        return Components(codec=self._codec, process=ProcessComponent(self.config.process.kind))
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
-        return lambda: load_model(path, kind=type(self.config))[1]
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the rows of a split: endless where it is trained on."""
@@ -64,7 +70,7 @@ class DiTRun:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
         c = self.config.sample
         if self._pipeline is None:  # compiles once, and reads the autoencoder
-            codec = ImageCodec.from_pretrained(c.vae) if c.vae else None
+            codec = load_codec(c.vae) if c.vae else None
             self._pipeline = DiTPipeline.of_experiment(self.config, params, codec)
         self._pipeline.params = params
         samples = self._pipeline(

@@ -12,7 +12,9 @@ import numpy as np
 import rich.console
 from etils import epath
 
+from sora_jax.components import CodecComponent
 from sora_jax.config import ExperimentConfig, PackedDataConfig
+from sora_jax.data.content import Content
 from sora_jax.parallel.multihost import first_process_first
 
 C = TypeVar("C", bound=ExperimentConfig)
@@ -105,3 +107,11 @@ def without_missing_splits(config: C, console: rich.console.Console) -> C:
         console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)
     kept = tuple(split for split in config.data.eval_splits if split in there)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
+
+
+def codec_component(content: Content) -> CodecComponent:
+    """Returns which codec made the values of a data set; that of a mixture is its parts' own."""
+    encoder = json.loads(content.encoder) if content.encoder else None
+    if encoder is None:
+        return CodecComponent("identity")
+    return CodecComponent("image", encoder.get("sha256"), float(encoder["scaling_factor"]))

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
+from sora_jax.families.registry import make_task
 from sora_jax.parallel.mesh import check_batch_size, make_mesh
 from sora_jax.training.chips import hbm_bytes
 from sora_jax.training.optimizer import make_optimizer

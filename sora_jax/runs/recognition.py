@@ -13,16 +13,17 @@ import jax
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sora_jax.array_types import Array, PyTree
+from sora_jax.components import CodecComponent, Components
 from sora_jax.config import MeshConfig
 from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.families.recognition import (
-    ClassificationConfig,
     ContrastiveConfig,
     RecognitionConfig,
 )
@@ -30,9 +31,8 @@ from sora_jax.families.registry import make_task
 from sora_jax.files import write_whole
 from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
 from sora_jax.models.navit import check_positions
-from sora_jax.models.vit import load_vit, resize_images
-from sora_jax.models.vivit import load_vivit
-from sora_jax.models.weights import CONFIG_FILE
+from sora_jax.models.text.minilm import text_encoder_component
+from sora_jax.models.vit import resize_images
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.positions import grid_positions
 from sora_jax.runs import packed
@@ -40,7 +40,7 @@ from sora_jax.runs.run import Report
 from sora_jax.runs.trainer import Trainer
 from sora_jax.training import streams
 from sora_jax.training.flops import step_flops
-from sora_jax.training.run_directory import place_of, read_keys
+from sora_jax.training.run_directory import place_of
 from sora_jax.training.state import abstract_params
 
 SCORED_ROWS = 16  # at a time
@@ -102,7 +102,13 @@ class RecognitionRun:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""
         return packed.open_pipeline(self.config, self._captions(), split, training)
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        tokens = self.config.data.max_caption_tokens if self.config.data.text_length else None
+        encoder = None if tokens is None else text_encoder_component(tokens)
+        return Components(text_encoder=encoder, codec=CodecComponent("identity"))
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what gives the parameters that a new run starts from; see `sora_jax.models.fine_tune.start_from`.
 
         Args:
@@ -110,9 +116,10 @@ class RecognitionRun:
                 for another one.
         """
         if isinstance(self.config, ContrastiveConfig):
-            return lambda: load_model(path, kind=ContrastiveConfig)[1]
+            return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
-        def params() -> PyTree:
+        def params(mesh: Mesh) -> PyTree:
+            del mesh  # classes, sizes and kinds of networks are changed on the host
             source, params = read_recognition_model(path)
             key = streams.derive(self.config.seed, 0, streams.INIT)
             return start_from(self.config.model, source, params, key)
@@ -146,7 +153,7 @@ class RecognitionRun:
         return figures
 
     def _params(self) -> PyTree:
-        return load_model(self._workdir, kind=type(self.config))[1]
+        return load(self._workdir).params
 
     def _score(self, params: PyTree, split: str, side: int | None = None) -> Report:
         config, params = at_side(self.config, params, side, split)
@@ -238,16 +245,8 @@ def read_recognition_model(path: str) -> tuple[RecognitionModelConfig, PyTree]:
         FileNotFoundError: there is no model at `path`.
         ValueError: what is there is no ViT, ViViT or NaViT, or cannot be read.
     """
-    keys = read_keys(path)
-    if not keys:
-        runs = [run.parent.name for run in sorted(epath.Path(path).glob(f"*/{CONFIG_FILE}"))]
-        if runs:
-            raise ValueError(f"{path} holds several runs, name one of them: {', '.join(runs)}.")
-    if "optimizer" not in keys:
-        return load_vivit(path) if "tubelet_size" in keys else load_vit(path)
-    kind = ContrastiveConfig if "embedding_dim" in keys else ClassificationConfig
-    config, params = load_model(path, kind=kind)
-    return config.model, params["image"] if kind is ContrastiveConfig else params
+    loaded = load(path, kinds=("classification", "contrastive", "vit", "vivit"))
+    return loaded.config.image_network(loaded.params) if loaded.trained_here else (loaded.config, loaded.params)
 
 
 def check_source(config: RecognitionConfig, source: Content) -> None:

@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import Components
 from sora_jax.config import ExperimentConfig
-from sora_jax.families.registry import family_of, load
+from sora_jax.families.registry import family_of, imported
 from sora_jax.training.loop import Batches
 
 Report = dict[str, Any]
@@ -31,11 +33,14 @@ class Run(Protocol):
     def data_fingerprints(self) -> dict[str, str]:
         """Returns digests of the splits that are read (`sora_jax.data.identity`)."""
 
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+
     def open_batches(self, split: str, training: bool) -> Batches:
         """Opens a split: endless where it is trained on."""
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
-        """Returns what gives the parameters that a new run starts from.
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
+        """Returns what gives the parameters that a new run starts from, on its mesh or on the host.
 
         Args:
             path: of a run, an exported model or whatever else the family starts from.
@@ -73,7 +78,7 @@ class Study(Run, Protocol):
 
 def run_class(config: ExperimentConfig) -> Any:
     """Returns the class of the runs of a config's family."""
-    return load(family_of(config).run)
+    return imported(family_of(config).run)
 
 
 def make_run(config: ExperimentConfig, workdir: epath.Path, console: rich.console.Console) -> Any:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import Components, ProcessComponent
 from sora_jax.data.content import RGB, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.families.sora import SoraConfig
+from sora_jax.models.text.minilm import text_encoder_component
 from sora_jax.runs import packed
 
 
@@ -37,7 +40,9 @@ class SoraRun:
 
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         self.config = packed.without_missing_splits(config, console)
-        check_content(open_data(self.config.data), self.config.data, config.patch)
+        content = open_data(self.config.data)
+        check_content(content, self.config.data, config.patch)
+        self._codec = packed.codec_component(content)
         self.sample_sheet = SampleSheet(self.config) if config.patch.channels == RGB else None
         if self.sample_sheet is None and config.sample_every:
             console.print("no sample sheets: they are of pixels, and this model makes latents", highlight=False)
@@ -49,9 +54,17 @@ class SoraRun:
         )
         self.data_fingerprints = functools.partial(data_fingerprints, data, splits)
 
-    def initial_params(self, path: str) -> Callable[[], PyTree]:
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        return Components(
+            text_encoder=text_encoder_component(self.config.data.max_caption_tokens),
+            codec=self._codec,
+            process=ProcessComponent("flow"),
+        )
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
-        return lambda: load_model(path, kind=type(self.config))[1]
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
     def open_batches(self, split: str, training: bool) -> Any:
         """Opens the pipeline of a split; see `packed.open_pipeline`."""

@@ -162,22 +162,24 @@ def run_directory_of(path: epath.PathLike) -> epath.Path:
     return path.parent.parent if path.parent.name == FOLDER else path
 
 
-def read_checkpoint(path: epath.PathLike, averaged: bool = True) -> PyTree:
+def read_checkpoint(path: epath.PathLike, averaged: bool = True, like: PyTree | None = None) -> PyTree:
     """Returns the parameters of a run's newest checkpoint, or of the checkpoint at `path`.
 
     Args:
         path: a run, or one of its checkpoints (`WORKDIR/checkpoints/STEP`).
         averaged: read the EMA of the parameters rather than the parameters.
+        like: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the parameters; each device then gets its share
+            straight from the disk.
 
     Returns:
-        NumPy arrays, float32, whatever mesh they were saved from.
+        Arrays like `like`; without it NumPy arrays, float32, whatever mesh they were saved from.
 
     Raises:
         FileNotFoundError: a run without checkpoints.
-        ValueError: a damaged checkpoint, or a parameter that is not finite, named.
+        ValueError: a damaged checkpoint, parameters of other shapes than `like`, or one that is not finite, named.
     """
     checkpoint = _checkpoint_directory(epath.Path(path))
-    params = _read_orbax(checkpoint / ("ema_params" if averaged else "params"))
+    params = _read_orbax(checkpoint / ("ema_params" if averaged else "params"), like)
     check_finite(params, str(checkpoint))
     return params
 
@@ -192,12 +194,17 @@ def _checkpoint_directory(path: epath.Path) -> epath.Path:
     return path / FOLDER / str(step)
 
 
-def _read_orbax(path: epath.Path) -> PyTree:
-    """Returns one item of a checkpoint as NumPy arrays, whatever mesh it was saved from."""
+def _read_orbax(path: epath.Path, like: PyTree | None) -> PyTree:
+    """Returns one item of a checkpoint, see `read_checkpoint`."""
     handler = ocp.PyTreeCheckpointHandler()
     with _reading(path.parent):
         tree = handler.metadata(path.absolute()).tree
+    if like is None:
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    else:
+        check_shapes(tree, like, str(path.parent))
+        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), like)
+    with _reading(path.parent):
         return handler.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from sora_jax.array_types import PyTree
+from sora_jax.components import UNKNOWN, Components
 from sora_jax.config import ExperimentConfig
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes
 from sora_jax.parallel import rules
@@ -123,7 +124,8 @@ def train(
     task_for: Callable[[Mesh], Task],
     *,
     data_fingerprints: Callable[[], dict[str, str]] | None = None,
-    init_from: Callable[[], PyTree] | None = None,
+    components: Components = UNKNOWN,
+    init_from: Callable[[Mesh], PyTree] | None = None,
     sample_sheet: SampleSheet | None = None,
     console: rich.console.Console | None = None,
 ) -> Outcome:
@@ -136,7 +138,9 @@ def train(
         task_for: makes what is trained for the mesh, which an attention kernel may need.
         data_fingerprints: digests by which the run knows its data again (`sora_jax.data.identity`), by split; without
             it, by the text of `data.path`.
-        init_from: returns the parameters that a new run starts from; an old run goes on from its own checkpoint.
+        components: that the model is trained with, which stand in `config.json`.
+        init_from: returns the parameters that a new run starts from, on the mesh or on the host; an old run goes on
+            from its own checkpoint.
         sample_sheet: draws a sample sheet of the averaged parameters.
         console: for progress.
 
@@ -145,6 +149,7 @@ def train(
 
     Raises:
         ConfigChangedError: the directory holds a run with another config.
+        ComponentChangedError: the directory holds a run with another text encoder, codec or process.
         DataChangedError: the directory holds a run on other data.
         NonFiniteLossError: a loss or a gradient was not finite, naming the step; the last good checkpoint stays.
         OSError: what the run writes cannot be written, naming the last whole checkpoint.
@@ -158,6 +163,7 @@ def train(
     first_step = latest_step(workdir)
     if first_step is not None:
         run_directory.check_config(workdir, config, first_step, path_may_change=data_fingerprints is not None)
+        run_directory.check_components(workdir, components)
     fingerprints, notes = _check_data(config, workdir, first_step, data_fingerprints)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -180,7 +186,7 @@ def train(
     task = task_for(mesh)
     tx = make_optimizer(config.optimizer, config.num_steps)
     shardings = state_shardings(task, tx, mesh)
-    start = _initial_params(task, init_from) if first_step is None else None
+    start = _initial_params(task, init_from, mesh) if first_step is None else None
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint_folder.naming_what_is_kept(workdir))
@@ -199,7 +205,7 @@ def train(
         else:
             state = init_state(task, tx, shardings)
         if jax.process_index() == 0:
-            run_directory.write_config(workdir, config)
+            run_directory.write_config(workdir, config, components)
             run_directory.write_data(workdir, fingerprints)
             (workdir / "DONE").unlink(missing_ok=True)
         telemetry = stack.enter_context(
@@ -399,10 +405,10 @@ def _next_batch(batches: Batches, split: str) -> PyTree:
         raise ValueError(f"split {split!r} gave no more batches; is it empty?") from None
 
 
-def _initial_params(task: Task, init_from: Callable[[], PyTree] | None) -> PyTree | None:
+def _initial_params(task: Task, init_from: Callable[[Mesh], PyTree] | None, mesh: Mesh) -> PyTree | None:
     """Returns the parameters to start from, None for fresh ones."""
     if init_from is None:
         return None
-    params = init_from()
+    params = init_from(mesh)
     check_shapes(params, abstract_params(task), "what init_from gives")
     return params

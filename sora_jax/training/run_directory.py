@@ -1,6 +1,6 @@
 """A run's directory: which config it belongs to, and whether it is done.
 
-WORKDIR/config.json           the ExperimentConfig
+WORKDIR/config.json           the ExperimentConfig, and the components beside it
 WORKDIR/data.json             a fingerprint of each split that was read (sora_jax.data.identity)
 WORKDIR/checkpoints/STEP/     params, ema_params, opt_state, data (sora_jax.training.checkpoint)
 WORKDIR/metrics.jsonl         a line of figures each `log_every` steps; tensorboard/ holds the same
@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from sora_jax.components import Components, difference
 from sora_jax.config import ExperimentConfig
-from sora_jax.config_json import to_json
+from sora_jax.config_json import to_json, to_values
 from sora_jax.files import write_whole
-from sora_jax.models.weights import read_config_file
+from sora_jax.models.weights import read_config_file, read_document
 
 Config = TypeVar("Config", bound=ExperimentConfig)
 
@@ -38,6 +39,10 @@ DATA_FILE = "data.json"
 
 class ConfigChangedError(ValueError):
     """A run was started again with a config that is not its own."""
+
+
+class ComponentChangedError(ValueError):
+    """A run was started again with a text encoder, a codec or a process that is not its own."""
 
 
 class DataChangedError(ValueError):
@@ -72,34 +77,9 @@ def read_config(directory: epath.PathLike, kind: type[Config]) -> Config:
     return read_config_file(path, kind)
 
 
-def read_keys(path: epath.PathLike) -> dict[str, Any]:
-    """Returns `config.json` of a run (or of the run of a checkpoint), an exported model or converted weights.
-
-    What the keys are says which of them it is: that of a run and of an exported model has `optimizer`.
-
-    Returns:
-        The nested keys; none where there is no such file.
-
-    Raises:
-        ValueError: a file that is no JSON object.
-    """
-    path = epath.Path(path)
-    files = (directory / "config.json" for directory in (path, path.parent.parent))
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        return {}
-    try:
-        keys = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(keys, dict):
-        raise ValueError(f"{file} holds no config.")
-    return keys
-
-
-def write_config(directory: epath.PathLike, config: ExperimentConfig) -> None:
-    """Writes `config.json`, whole or not at all."""
-    write_whole(epath.Path(directory) / "config.json", to_json(config))
+def write_config(directory: epath.PathLike, config: ExperimentConfig, components: Components) -> None:
+    """Writes `config.json`, with the components that the model is trained with, whole or not at all."""
+    write_whole(epath.Path(directory) / "config.json", to_json(config, components))
 
 
 def check_config(
@@ -120,18 +100,33 @@ def check_config(
     own, changeable = read_config(directory, type(config)), CHANGEABLE
     if path_may_change:
         own, changeable = _at_places_of(own, config), (*CHANGEABLE, "data.path")
-    before = flatten(dataclasses.asdict(own))
-    for name, value in flatten(dataclasses.asdict(config)).items():
+    before = flatten(to_values(own))
+    for name, value in flatten(to_values(config)).items():
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in changeable)
-        if value != before[name] and not may_change:
+        if value != before.get(name) and not may_change:
             raise ConfigChangedError(
-                f"{directory} holds a run with {name} = {before[name]!r}, now it is {value!r}: "
+                f"{directory} holds a run with {name} = {before.get(name)!r}, now it is {value!r}: "
                 "restore the value or choose another --workdir."
             )
     if config.num_steps < latest_step:
         raise ConfigChangedError(
             f"{directory} holds a run at step {latest_step}; num_steps must be at least that, got {config.num_steps}."
         )
+
+
+def read_components(directory: epath.PathLike) -> Components:
+    """Returns what a run or an exported model was trained with."""
+    return read_document(epath.Path(directory) / "config.json").components
+
+
+def check_components(directory: epath.PathLike, components: Components) -> None:
+    """Checks that a run may be continued with components.
+
+    Raises:
+        ComponentChangedError: one is not that which the run was trained with so far, saying which.
+    """
+    if words := difference(read_components(directory), components):
+        raise ComponentChangedError(f"{directory} holds a run that was {words}; or choose another --workdir.")
 
 
 def read_data(directory: epath.PathLike) -> dict[str, str]:
@@ -163,7 +158,8 @@ def write_data(directory: epath.PathLike, fingerprints: Mapping[str, str]) -> No
 
 def write_moved(directory: epath.PathLike, config: ExperimentConfig, fingerprints: Mapping[str, str]) -> None:
     """Records where the data of a finished run is now, and its fingerprints; `config` may differ in other ways."""
-    write_config(directory, _at_places_of(read_config(directory, type(config)), config))
+    own, components = read_config(directory, type(config)), read_components(directory)
+    write_config(directory, _at_places_of(own, config), components)
     write_data(directory, fingerprints)
 
 

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.models import read_model
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.config_json import to_json
 from sora_jax.convert.ddpm import convert_config, convert_ddpm, convert_tensors
-from sora_jax.models.unet import UNet, UNetConfig, load_unet
+from sora_jax.models.unet import UNet, UNetConfig
 from sora_jax.provenance import flat_names
 
 CIFAR = {  # config.json of google/ddpm-cifar10-32
@@ -207,7 +208,7 @@ def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, caps
     assert json.loads(table.read_text())["files"] == {p.name: p.stat().st_size for p in output.iterdir()}
     assert {p.name for p in output.iterdir()} == {"model.safetensors", "config.json"}
     assert "model.safetensors" in capsys.readouterr().out
-    config, params = load_unet(output)
+    config, params = read_model(output)
     x = images(2, 4, 8, 3)
     found = forward(config, params, x)
     state = random_state(SMALL)
@@ -315,20 +316,20 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
 
 def test_loader_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
-        load_unet(tmp_path)
+        read_model(tmp_path)
     for name, data in convert_ddpm(write_source(tmp_path / "source")).items():
         (tmp_path / name).write_bytes(data)
-    config, _ = load_unet(tmp_path)
+    config, _ = read_model(tmp_path)
     assert config == convert_config(SMALL)
     (tmp_path / "config.json").write_text(to_json(config).replace('"out_channels": 2', '"out_channels": 3'))
     with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(2,\), the config asks \(3,\)"):
-        load_unet(tmp_path)
+        read_model(tmp_path)
     (tmp_path / "config.json").write_text(to_json(config).replace("width", "depth"))
     with pytest.raises(ValueError, match=r"config\.json: UNetConfig: unknown key 'depth'"):
-        load_unet(tmp_path)
+        read_model(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        load_unet(tmp_path)
+        read_model(tmp_path)
 
 
 @pytest.mark.parity
@@ -355,7 +356,7 @@ def test_outputs_equal_diffusers(values, size, tmp_path):
         (tmp_path / f"our_{name}").mkdir()
         for file, data in convert_ddpm(tmp_path / name).items():
             (tmp_path / f"our_{name}" / file).write_bytes(data)
-        found.append(load_unet(tmp_path / f"our_{name}"))
+        found.append(read_model(tmp_path / f"our_{name}"))
     (config, params), (also_config, also_params) = found
     assert config == also_config
     assert all((value == flat_names(params)[name]).all() for name, value in flat_names(also_params).items())

@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.models import read_model
 from torch_files import torch_bytes
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.convert.dit import convert_dit, diffusers_config, from_diffusers, from_official, official_config
-from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig, load_dit
+from sora_jax.models.dit import DIT_SIZES, DiT, DiTConfig
 from sora_jax.provenance import flat_names
 
 WIDTH, DEPTH, CLASSES = 16, 3, 10
@@ -165,7 +166,7 @@ def test_values_of_an_official_file_stand_where_they_belong(command, stored, tmp
     checkpoint = {"model": {"a": np.zeros(1)}, "ema": official(), "opt": {"state": {}}, "args": {}}
     arguments = ["dit", "--source", stored(checkpoint), "--output", str(tmp_path / "ours"), "--num-heads", "2"]
     assert command(arguments) == 0 and "model.safetensors" in capsys.readouterr().out
-    config, params = load_dit(tmp_path / "ours")
+    config, params = read_model(tmp_path / "ours")
     assert config == CONFIG
     state, ours = official(), flat_names(params)
     at = (1 * 2 + 0) * 4 + 3  # row 1, column 0, channel 3 of a patch
@@ -292,7 +293,7 @@ def test_few_bits_are_converted_as_they_are(tmp_path, dtype):
     few = {name: value.astype(dtype) for name, value in official().items()}
     (tmp_path / "d").mkdir()
     write_files(tmp_path / "d", convert_dit(write(tmp_path / "few.pt", few), 2))
-    _, params = load_dit(tmp_path / "d")
+    _, params = read_model(tmp_path / "d")
     np.testing.assert_array_equal(
         params["label_embedding"], few["y_embedder.embedding_table.weight"].astype(np.float32)
     )
@@ -358,7 +359,7 @@ def test_outputs_equal_diffusers(layout, tmp_path):
         torch.save(checkpoint, tmp_path / "theirs.pt")
         num_heads = 2
     source = tmp_path / ("theirs.pt" if layout == "official" else "theirs")
-    config, params = load_dit(write_files(tmp_path / "ours", convert_dit(source, num_heads)))
+    config, params = read_model(write_files(tmp_path / "ours", convert_dit(source, num_heads)))
 
     x = np.random.default_rng(3).normal(size=(4, 8, 8, 4)).astype(np.float32)
     timesteps, labels = np.array([0, 500, 977, 500]), np.array([7, 0, 3, CLASSES])  # the last is the null class

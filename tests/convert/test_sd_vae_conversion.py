@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.models import read_model
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.config_json import to_json
 from sora_jax.convert.sd_vae import convert_config, convert_sd_vae, convert_tensors
-from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
+from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig
 from sora_jax.provenance import flat_names
 
 PUBLISHED = {  # config.json of stabilityai/sd-vae-ft-mse
@@ -210,7 +211,7 @@ def write_converted(folder, source):
     folder.mkdir()
     for file, data in convert_sd_vae(source).items():
         (folder / file).write_bytes(data)
-    return load_image_vae(folder)
+    return read_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, caps
     assert json.loads(table.read_text())["files"] == {p.name: p.stat().st_size for p in output.iterdir()}
     assert {p.name for p in output.iterdir()} == {"model.safetensors", "config.json"}
     assert "model.safetensors" in capsys.readouterr().out
-    config, params = load_image_vae(output)
+    config, params = read_model(output)
     assert config.scaling_factor == 0.5
     x, z = images(2, 4, 8, 3), images(2, 3, 2, 3) * 3
     reference = NumpyVAE(random_state(SMALL), SMALL)
@@ -346,12 +347,12 @@ def test_command_errors_leave_nothing_behind(tmp_path, command, capsys):
 
 def test_loader_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image VAE at .*model\.safetensors is missing"):
-        load_image_vae(tmp_path)
+        read_model(tmp_path)
     config, _ = write_converted(tmp_path / "out", write_source(tmp_path / "source"))
     assert config == convert_config(SMALL)
     (tmp_path / "out" / "config.json").write_text(to_json(config).replace('"channels": 3', '"channels": 4'))
     with pytest.raises(ValueError, match=r"has shape \(3,\), the config asks \(4,\)"):
-        load_image_vae(tmp_path / "out")
+        read_model(tmp_path / "out")
 
 
 @pytest.fixture

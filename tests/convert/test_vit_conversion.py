@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.models import read_model
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz, torch_config
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.convert.vivit import torch_config as vivit_config
-from sora_jax.models.vit import ViT, ViTConfig, load_vit
-from sora_jax.models.vivit import ViViT, ViViTConfig, load_vivit
+from sora_jax.models.vit import ViT, ViTConfig
+from sora_jax.models.vivit import ViViT, ViViTConfig
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, CLASSES = 16, 3, 2, 24, 4, 5
 VALUES = {  # config.json of a small ViTForImageClassification, with an epsilon that its numbers show
@@ -183,7 +184,7 @@ def test_command_writes_a_network_that_computes_as_numpy(tmp_path, command, caps
     np.savez(tmp_path / "ViT.npz", **state)
     assert command(["vit", "--source", str(tmp_path / "ViT.npz"), "--output", str(output)]) == 0
     assert "model.safetensors" in capsys.readouterr().out
-    config, params = load_vit(output)
+    config, params = read_model(output)
     x = images(2, 12, 12, 3)
     found = jax.jit(ViT(config).apply)({"params": params}, x)
     assert relative_error(found, np.stack([numpy_vit(state, image) for image in x])) < 2e-5
@@ -224,7 +225,7 @@ def test_all_layouts_are_one_network(tmp_path, new_names):
         ):
             torch = {name.replace(old, new): value for name, value in torch.items()}
     source = write_torch(tmp_path / "torch", VALUES, torch)
-    config, params = load_vit(write_files(tmp_path / "ours", convert_vit(source)))
+    config, params = read_model(write_files(tmp_path / "ours", convert_vit(source)))
     assert config == torch_config(VALUES, CLASSES)
     assert (config.norm_eps, config.exact_gelu, config.num_classes) == (0.05, True, CLASSES)
     for name, value in to_npz(params, config).items():
@@ -234,7 +235,7 @@ def test_all_layouts_are_one_network(tmp_path, new_names):
 def test_video_command(tmp_path, command):
     source, output = write_torch(tmp_path / "torch", VIDEO, random_video()), tmp_path / "ours"
     assert command(["vivit", "--source", str(source), "--output", str(output)]) == 0
-    config, params = load_vivit(output)
+    config, params = read_model(output)
     sizes = dict(width=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_dim=MLP, num_classes=CLASSES, norm_eps=0.05)
     assert config == ViViTConfig(num_frames=6, image_size=(12, 12), tubelet_size=(3, 4, 2), **sizes)
     kernel = random_video()["vivit.embeddings.patch_embeddings.projection.weight"]  # (D, C, t, h, w)
@@ -341,7 +342,7 @@ def test_vit_outputs_equal_transformers(size, act, peers, tmp_path):
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     files = [convert_vit(tmp_path / name) for name in ("safetensors", "bin")]
     assert files[0] == files[1]
-    ours, params = load_vit(write_files(tmp_path / "ours", files[0]))
+    ours, params = read_model(write_files(tmp_path / "ours", files[0]))
     assert isinstance(ours, ViTConfig) and ours.image_size == (height, width)
     assert relative_error(jax.jit(ViT(ours).apply)({"params": params}, x), theirs) < 1e-4
 
@@ -358,7 +359,7 @@ def test_vivit_outputs_equal_transformers(act, peers, tmp_path):
     with torch.no_grad():
         theirs = model(torch.from_numpy(x.transpose(0, 1, 4, 2, 3))).logits.numpy()
     model.save_pretrained(tmp_path / "theirs")
-    config, params = load_vivit(write_files(tmp_path / "ours", convert_vivit(tmp_path / "theirs")))
+    config, params = read_model(write_files(tmp_path / "ours", convert_vivit(tmp_path / "theirs")))
     assert relative_error(jax.jit(ViViT(config).apply)({"params": params}, x), theirs) < 1e-4
 
 

@@ -10,11 +10,12 @@ import pytest
 import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
+from helpers.models import read_model
 
 from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, npz_stem, timm_to_npz
 from sora_jax.models.resnet_stem import ResNetStem, ResNetStemConfig
-from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params, load_vit
+from sora_jax.models.vit import VIT_SIZES, ViT, ViTConfig, abstract_params
 from sora_jax.provenance import flat_names
 
 SIZES = dict(width=64, depth=2, num_heads=1, mlp_dim=24, num_classes=5)
@@ -97,7 +98,7 @@ def load_converted(folder, source):
     folder.mkdir()
     for name, data in convert_vit(source).items():
         (folder / name).write_bytes(data)
-    return load_vit(folder)
+    return read_model(folder)
 
 
 @pytest.mark.parametrize("config", [CONFIG, ROOT], ids=["stages", "root"])

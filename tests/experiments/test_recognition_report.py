@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from helpers.models import read_model
 from PIL import Image
 
 from sora_jax.commands import prepare_data, train
 from sora_jax.commands.evaluations.classification import ClassifyOptions, classify
 from sora_jax.data.sources import open_source
-from sora_jax.families.load import load_model
-from sora_jax.families.recognition import ClassificationConfig, ContrastiveTask
+from sora_jax.families.recognition import ContrastiveTask
 from sora_jax.runs.recognition import check_source, read_recognition_model
 
 pytestmark = pytest.mark.slow
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_scored_as_its_run_was(finished, folder):
     assert json.loads((run / "config.json").read_text())["num_seeds"] == 2
     classify(ClassifyOptions(str(run), sides=(8, 16), json=folder / "classify.json"))
     results = json.loads((folder / "classify.json").read_text())["results"]
-    config, params = load_model(run, kind=ClassificationConfig)
+    config, params = read_model(run)
     logits = logits_of(config, params, open_source(str(folder / "data"), "unseen"))
     labels = open_source(str(folder / "data"), "unseen").metadata.labels
     np.testing.assert_allclose(results["side 16"]["accuracy"], np.mean(logits.argmax(axis=1) == labels))
@@ -177,7 +177,7 @@ def test_a_run_begins_with_another_ones_parameters(finished, folder):
     command = [str(folder / "vit.py"), "--data.path", str(folder / "data"), "--workdir", str(folder / "tuned")]
     command += ["--init-from", str(run), "--num-steps", "1", "--optimizer.learning-rate", "1e-12", "--test-sides"]
     assert train.main(command) == 0
-    _, tuned = load_model(folder / "tuned" / "vit_seed_0", kind=ClassificationConfig)
+    _, tuned = read_model(folder / "tuned" / "vit_seed_0")
     np.testing.assert_allclose(
         tuned["encoder"]["position_embedding"], params["encoder"]["position_embedding"], atol=1e-6
     )

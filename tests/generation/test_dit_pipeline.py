@@ -10,6 +10,7 @@ import pytest
 from class_models import LATENTS as CONFIG
 from class_models import VAE, random_like, write_autoencoder, write_latent_model, write_pixel_model
 from flax import linen as nn
+from helpers.models import read_model
 
 from sora_jax.convert.dit import convert_dit
 from sora_jax.diffusion.schedules import alpha_bar, linear_betas
@@ -18,7 +19,7 @@ from sora_jax.generation.generator import sample_seeds, token_noise
 from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.autoencoder.codec import IdentityCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE
-from sora_jax.models.dit import DiT, abstract_params, init_params, load_dit
+from sora_jax.models.dit import DiT, abstract_params, init_params
 from sora_jax.patches.patchify import unpatchify
 
 
@@ -276,7 +277,7 @@ def test_250_guided_steps_stay_with_the_reference_to_the_end(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     for name, data in convert_dit(tmp_path / "theirs").items():
         (tmp_path / name).write_bytes(data)
-    ours = DiTPipeline(*load_dit(tmp_path), devices=jax.devices()[:1])
+    ours = DiTPipeline(*read_model(tmp_path), devices=jax.devices()[:1])
 
     def network(x, step, labels):
         nchw = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2), np.float32))

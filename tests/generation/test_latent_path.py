@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from class_models import VAE, write_autoencoder
+from helpers.models import read_model
 from PIL import Image
 
 from sora_jax.commands import prepare_data, train
 from sora_jax.commands.evaluations import sampling
 from sora_jax.data.latents import LatentSource
-from sora_jax.models.autoencoder.image_vae import load_image_vae
 from sora_jax.provenance import params_hash
 
 CONFIG = """
@@ -72,4 +72,4 @@ def test_from_pictures_to_samples_through_the_autoencoder(tmp_path):
     with np.load(tmp_path / "set" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 8, 8, 3)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["vae"] == params_hash(load_image_vae(vae)[1]) and "data set" in manifest["options"]
+    assert manifest["vae"] == params_hash(read_model(vae)[1]) and "data set" in manifest["options"]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from class_models import _write, random_like
+from helpers.models import read_model
 from tiny_model import WordEncoder, make_config, random_params
 
 from sora_jax.commands.evaluations import sampling
@@ -59,7 +60,7 @@ def test_ddpm_weights_are_sampled_by_the_chain_of_the_paper(models):
     """Algorithm 2 of arXiv:2006.11239 in float64, with sigma_t^2 = beta_t and x_0 clipped, on the same noise."""
     found = open_set(models / "ddpm", SetOptions(size=(4, 6)))
     assert found.chosen(None, None) == Chosen(1000, 1.0) and found.sampler == "ancestral"
-    config, params = unet.load_unet(models / "ddpm")
+    config, params = read_model(models / "ddpm")
     network = jax.jit(functools.partial(UNet(config).apply, {"params": params}, deterministic=True))
     steps = np.array([999, 666, 333, 0])
     bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[steps]

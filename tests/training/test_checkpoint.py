@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import tiny_run
+from helpers.models import read_model
 
 from sora_jax.config_json import to_json
-from sora_jax.families.load import export_model, load_model
+from sora_jax.families.load import export_model
 from sora_jax.families.sora import SoraTask
 from sora_jax.provenance import flat_names
 from sora_jax.training import state as states
@@ -119,9 +120,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, state, damage):
     checkpointer.close()
     if damage != "opt_state":
         with pytest.raises(ValueError, match=message):
-            load_model(tmp_path / "run", averaged=damage.startswith("ema"))
+            read_model(tmp_path / "run", averaged=damage.startswith("ema"))
     shutil.rmtree(damaged)
-    equal(load_model(tmp_path / "run")[1], state.ema_params)
+    equal(read_model(tmp_path / "run")[1], state.ema_params)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -140,7 +141,7 @@ def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
     where = tmp_path / "run" / FOLDER / "3"
     with pytest.raises(OSError, match=f"^checkpoint {where} cannot be read: {os.strerror(number)}.$"):
-        load_model(tmp_path / "run")
+        read_model(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -186,12 +187,12 @@ def test_load_model_reads_runs_steps_and_exports(tmp_path, state):
     run = tmp_path / "run"
     write_run(run, state, {1: None, 2: None})
     for path in (run, run / FOLDER / "1", str(run)):
-        config, params = load_model(path)
+        config, params = read_model(path)
         assert config == CONFIG
         equal(params, state.ema_params)
-    equal(load_model(run, averaged=False)[1], state.params)
-    export_model(tmp_path / "exported", *load_model(run))
-    config, params = load_model(tmp_path / "exported")
+    equal(read_model(run, averaged=False)[1], state.params)
+    export_model(tmp_path / "exported", *read_model(run))
+    config, params = read_model(tmp_path / "exported")
     assert config == CONFIG
     equal(params, state.ema_params)
 
@@ -203,7 +204,7 @@ def test_export_in_half_the_size(tmp_path, state, dtype, precision):
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("float32", dtype))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert abs(full - half - 2 * count) < 200  # two bytes a number; the header names the dtypes
-    params = load_model(tmp_path / dtype)[1]
+    params = read_model(tmp_path / dtype)[1]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=precision, atol=1e-6), params, state.params)
 
@@ -216,7 +217,7 @@ def test_export_of_kernels_in_eight_bits(tmp_path, state):
     assert stored["blocks.mlp.mlp.fc1.kernel.codes8"].shape == (2, 16, 1, 32)
     assert stored["blocks.mlp.mlp.fc1.kernel.scale"].shape == (2, 16, 1)
     assert stored["head.kernel"].dtype == stored["blocks.modulation"].dtype == np.float32
-    read, exact = flat_names(load_model(tmp_path)[1]), flat_names(params)
+    read, exact = flat_names(read_model(tmp_path)[1]), flat_names(params)
     assert all(leaf.dtype == np.float32 for leaf in read.values())
     for name, value in exact.items():
         if f"{name}.codes8" in stored:  # half a step of the grid, and what float16 rounds the scale by
@@ -228,13 +229,13 @@ def test_export_of_kernels_in_eight_bits(tmp_path, state):
 
 def test_bad_models_are_named(tmp_path, state):
     with pytest.raises(FileNotFoundError, match="no run, checkpoint or exported model at"):
-        load_model(tmp_path / "nothing")
+        read_model(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config.json"):
-        load_model(tmp_path / "empty")
+        read_model(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(to_json(CONFIG))
     with pytest.raises(FileNotFoundError, match="without checkpoints"):
-        load_model(tmp_path / "empty")
+        read_model(tmp_path / "empty")
 
     params = {**state.params}
     params.pop("head")
@@ -260,11 +261,11 @@ def test_bad_models_are_named(tmp_path, state):
     text["model"]["mlp_dim"] = 33
     (tmp_path / "exported" / "config.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match=r"is of another model: blocks\.mlp\.mlp\.fc1\.bias has shape"):
-        load_model(tmp_path / "exported")
+        read_model(tmp_path / "exported")
     weights: pathlib.Path = tmp_path / "exported" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_model(tmp_path / "exported")
+        read_model(tmp_path / "exported")
     safetensors.numpy.save_file({name: np.zeros(1, np.float32) for name in ("a", "a-b", "a.b")}, weights)
     with pytest.raises(ValueError, match=r"model\.safetensors: a is a tensor and also the beginning of other"):
-        load_model(tmp_path / "exported")
+        read_model(tmp_path / "exported")

@@ -11,11 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+from helpers.models import read_model
 from helpers.runs import train
 from PIL import Image
 from tiny_run import assert_same_runs
 
-from sora_jax.families.load import load_model
+from sora_jax.families.load import load
 from sora_jax.training import loop
 from sora_jax.training.checkpoint import FOLDER
 from sora_jax.training.loop import NonFiniteLossError, Outcome
@@ -178,7 +179,7 @@ def test_a_finished_run_tells_where_its_data_is_now(straight, tmp_path, capsys):
     )
     assert on("second", straight, workdir, {"train": "a1"}, log_every=3) is Outcome.ALREADY_FINISHED
     assert "moved from first to second: the same by its fingerprints (train a1)" in capsys.readouterr().err
-    kept = load_model(workdir)[0]
+    kept = read_model(workdir)[0]
     assert (kept.data.path, kept.log_every) == ("second", 1)
     (workdir / "data.json").write_text('{"fingerprints": ["a1"]}')
     with pytest.raises(ValueError, match=r"data\.json is damaged: restore it, or remove it where"):
@@ -260,7 +261,7 @@ def test_a_run_without_checkpoint_may_start_anew_with_another_config(tmp_path):
     assert (tmp_path / "run" / "config.json").exists()
     other = tiny_run.config(seed=1, num_steps=1)
     assert train(other, tmp_path / "run", tiny_run.opener(other)) is Outcome.FINISHED
-    assert load_model(tmp_path / "run")[0] == other
+    assert read_model(tmp_path / "run")[0] == other
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -273,7 +274,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(NonFiniteLossError, match="at step 3; the last good checkpoint is step 2"):
         train(config, tmp_path / "run", hooked(config, poison))
     assert sorted(p.name for p in (tmp_path / "run" / FOLDER).iterdir()) == ["2"]
-    assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(load_model(tmp_path / "run")[1])])).all()
+    assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(read_model(tmp_path / "run")[1])])).all()
     assert not (tmp_path / "run" / "DONE").exists()
 
 
@@ -296,7 +297,7 @@ def test_held_out_loss_best_checkpoint_and_sample_sheets(tmp_path, capsys):
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000002.png", "00000005.png"]
     assert "no sample sheet at step 4: the samples are not finite." in capsys.readouterr().err
     np.testing.assert_array_equal(Image.open(tmp_path / "run" / "samples" / "00000002.png"), sheet)
-    jax.tree.map(np.testing.assert_array_equal, seen[-1], load_model(tmp_path / "run")[1])
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], read_model(tmp_path / "run")[1])
     best = min(losses, key=losses.get)
     assert best != 5  # at such a learning rate the model gets worse
     assert {int(p.name) for p in (tmp_path / "run" / FOLDER).iterdir()} == {best, 5}
@@ -314,13 +315,13 @@ def test_held_out_loss_has_the_same_batches_times_and_noise_each_time(tmp_path):
 def test_fine_tuning_starts_from_the_averaged_parameters(straight, tmp_path):
     _, reference = straight
     still = tiny_run.config(num_steps=1, optimizer={"learning_rate": 1e-12, "weight_decay": 0.0})
-    train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=lambda: load_model(reference)[1])
-    start, tuned = load_model(reference)[1], load_model(tmp_path / "tuned", averaged=False)[1]
+    train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=lambda mesh: load(reference, mesh).params)
+    start, tuned = read_model(reference)[1], read_model(tmp_path / "tuned", averaged=False)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), start, tuned)
 
     wider = tiny_run.config(model={"mlp_dim": 48})
     with pytest.raises(ValueError, match=r"init_from .* is of another model: blocks\.mlp\.mlp\.fc1\.bias"):
-        train(wider, tmp_path / "wider", tiny_run.opener(wider), init_from=lambda: load_model(reference)[1])
+        train(wider, tmp_path / "wider", tiny_run.opener(wider), init_from=lambda _: read_model(reference)[1])
     assert not (tmp_path / "wider").exists()
 
 

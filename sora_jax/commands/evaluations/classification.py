@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import rich.console
 import rich.table
-from etils import epath
 from tqdm import tqdm
 
 from sora_jax.array_types import PyTree
@@ -23,13 +22,13 @@ from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.data.sources import open_source
 from sora_jax.data.transforms import Sample
 from sora_jax.evaluation.views import multi_view_logits
+from sora_jax.families.load import load
 from sora_jax.families.recognition import ClassificationConfig
 from sora_jax.files import check_writable, write_whole
 from sora_jax.models.vivit import ViViT
 from sora_jax.parallel.attention import attention_for
 from sora_jax.patches.patchify import num_tokens
-from sora_jax.runs.recognition import at_side, check_source, read_recognition_model, score
-from sora_jax.training.run_directory import read_config
+from sora_jax.runs.recognition import at_side, check_source, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +100,20 @@ def classify(options: ClassifyOptions) -> None:
 
 def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyTree]:
     """Returns the config and the parameters at `options.checkpoint`, on the data that the options name."""
-    model, params = read_recognition_model(options.checkpoint)
-    path = epath.Path(options.checkpoint)
-    directory = path.parent.parent if path.parent.name == "checkpoints" else path
+    loaded = load(options.checkpoint, kinds=("classification", "vit", "vivit"))
     shared = dict(batch_size=options.batch_size, num_shards=1, num_workers=0)
-    if "optimizer" in json.loads((directory / "config.json").read_text()):
+    if loaded.trained_here:
         if options.fps is not None:
             raise ValueError(f"fps is for converted weights: a run has its own, got {options.fps}.")
-        config = read_config(directory, ClassificationConfig)
+        config = loaded.config
         if not (options.data or config.data.path or config.data.mixture):
             raise ValueError("data is needed, the directory of a prepared data set: an exported model names none.")
         there = dict(path=options.data, mixture=(), max_clips=None) if options.data else {}
         data = dataclasses.replace(config.data, **shared, **there)
-        return dataclasses.replace(config, data=data), params
+        return dataclasses.replace(config, data=data), loaded.params
     if options.data is None:
         raise ValueError("data is needed, the directory of a prepared data set: converted weights name none.")
+    model = loaded.config
     frames, patch = model.num_frames, model.patch
     data = LabelledDataConfig(
         path=options.data,
@@ -127,7 +125,7 @@ def read_classifier(options: ClassifyOptions) -> tuple[ClassificationConfig, PyT
         num_bins=1,
         **shared,
     )
-    return ClassificationConfig(data=data, patch=PatchConfig(patch, model.channels), model=model), params
+    return ClassificationConfig(data=data, patch=PatchConfig(patch, model.channels), model=model), loaded.params
 
 
 def multi_view_score(config: ClassificationConfig, params: PyTree, options: ClassifyOptions) -> dict[str, Any]:

@@ -14,16 +14,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.array_types import Array, Float, NumpyArray, PyTree
-from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, load_image_vae
+from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig
 from sora_jax.models.autoencoder.protocol import Posterior
 from sora_jax.models.autoencoder.tiling import TILE, tiled_decode, tiled_encode
 
@@ -146,27 +145,6 @@ class ImageCodec:
             ("encode", True): jax.jit(lambda params, x: tiled_encode(config, params, x, tile)),
             ("decode", True): jax.jit(lambda params, z: tiled_decode(config, params, z, tile)),
         }
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: epath.PathLike,
-        dtype: Literal["float32", "bfloat16"] | None = None,
-        devices: Sequence[jax.Device] | None = None,
-    ) -> ImageCodec:
-        """Loads what `experiments/convert_checkpoint.py sd-vae` wrote.
-
-        Args:
-            path: of the directory.
-            dtype: of the computation (default: what the files say).
-            devices: see the class.
-
-        Raises:
-            FileNotFoundError: a file that is missing.
-            ValueError: files that do not make an autoencoder.
-        """
-        config, params = load_image_vae(path)
-        return cls(config if dtype is None else dataclasses.replace(config, dtype=dtype), params, devices)
 
     @property
     def channels(self) -> int:

@@ -25,16 +25,14 @@ from typing import ClassVar, Literal
 import einops
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import linen as nn
 from jax import lax
 
-from sora_jax.array_types import Array, Float, PyTree
+from sora_jax.array_types import Array, Float
 from sora_jax.config import check
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.autoencoder.protocol import Posterior
 from sora_jax.models.layers import conv, dense
-from sora_jax.models.weights import read_model
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """What the log variance of a posterior is clipped to, as in latent diffusion's code."""
@@ -56,6 +54,8 @@ class ImageVAEConfig:
         scaling_factor: a diffusion model is trained on latents times this number.
         dtype: of the computation; parameters, norms, softmax and the layers that put out stay float32.
     """
+
+    kind: ClassVar[str] = "image_vae"
 
     channels: int = 3
     latent_channels: int = 4
@@ -362,19 +362,3 @@ def init_params(model: ImageVAE, key: jax.Array) -> dict:
 def abstract_params(model: ImageVAE) -> dict:
     """Returns the shapes and logical axes of the parameters, without allocating them."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def load_image_vae(path: epath.PathLike) -> tuple[ImageVAEConfig, PyTree]:
-    """Reads a model's config and parameters.
-
-    Args:
-        path: directory that `experiments/convert_checkpoint.py sd-vae` wrote, local or `gs://`.
-
-    Returns:
-        The config, and the parameters of `ImageVAE(config)` as NumPy arrays, float32.
-
-    Raises:
-        FileNotFoundError: a file that is missing; the message names it.
-        ValueError: a file that cannot be read, or parameters that are not those of the config.
-    """
-    return read_model(path, ImageVAEConfig, "image VAE", lambda config: abstract_params(ImageVAE(config)))

@@ -13,7 +13,7 @@ import hashlib
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from flax import traverse_util
 from tokenizers import Tokenizer
 
 from sora_jax.array_types import Array, Bool, Float, Int, NumpyArray, PyTree
+from sora_jax.components import TextEncoderComponent
 from sora_jax.config import check
-from sora_jax.config_json import from_json
+from sora_jax.config_json import as_first_written, config_of, parse
 from sora_jax.models.attention import xla_attention
 from sora_jax.models.layers import dense, layer_norm
 from sora_jax.models.quantize import dequantize_tensors
@@ -57,6 +58,8 @@ class MiniLMConfig:
         mlp_dim: hidden size of the MLP.
         norm_eps: epsilon of every norm.
     """
+
+    kind: ClassVar[str] = "minilm"
 
     vocab_size: int = 30522
     max_positions: int = 512
@@ -151,10 +154,13 @@ class TextEncoder:
     """Captions to token states; emoji are read by their English names.
 
     Attributes:
+        name: of the encoder.
         dim: width of a token state, D.
         max_positions: the longest caption in tokens.
         fingerprint: hexadecimal hash of weights, config and tokenizer, by which states can be cached.
     """
+
+    name = NAME
 
     def __init__(self, config: MiniLMConfig, params: PyTree, tokenizer: Tokenizer, fingerprint: str) -> None:
         """Takes the parameters of `MiniLM(config)`, unboxed, and a tokenizer that adds [CLS] and [SEP]."""
@@ -268,6 +274,16 @@ def _apply(model: MiniLM, params: PyTree, token_ids: Array, mask: Array) -> Arra
         return model.apply({"params": params}, token_ids, mask)
 
 
+def init_params(model: MiniLM, key: jax.Array) -> dict:
+    """Returns freshly drawn parameters, boxed with their logical axes."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.bool_))["params"]
+
+
+def abstract_params(model: MiniLM) -> dict:
+    """Returns the shapes and logical axes of the parameters, without allocating them."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
 def load_text_encoder(path: epath.PathLike | None = None) -> TextEncoder:
     """Loads an encoder.
 
@@ -279,6 +295,34 @@ def load_text_encoder(path: epath.PathLike | None = None) -> TextEncoder:
         FileNotFoundError: a file that is missing; the message names it.
         ValueError: a file that cannot be read, or weights that do not fit the config.
     """
+    directory, contents = _read_files(path)
+    try:
+        config = config_of(MiniLMConfig, parse(contents[CONFIG_FILE].decode()))
+        tensors = dequantize_tensors(safetensors.numpy.load(contents[WEIGHTS_FILE]))
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{directory} holds no text encoder that can be read: {error}") from error
+    check_tensors(config, tensors)
+    params = traverse_util.unflatten_dict(tensors, sep=".")
+    tokenizer = Tokenizer.from_str(contents[TOKENIZER_FILE].decode())
+    return TextEncoder(config, params, tokenizer, _fingerprint(contents))
+
+
+def text_encoder_component(max_tokens: int, path: epath.PathLike | None = None) -> TextEncoderComponent:
+    """Returns what a config says of the encoder that `load_text_encoder` loads, without loading it.
+
+    Args:
+        max_tokens: that captions are cut to.
+        path: of the encoder.
+
+    Raises:
+        FileNotFoundError: a file that is missing; the message names it.
+        ValueError: a config that cannot be read.
+    """
+    return TextEncoderComponent(NAME, _fingerprint(_read_files(path)[1]), max_tokens)
+
+
+def _read_files(path: epath.PathLike | None) -> tuple[epath.Path, dict[str, bytes]]:
+    """Returns the directory of an encoder and the contents of its files."""
     directory = epath.resource_path("sora_jax") / "assets" / "minilm" if path is None else epath.Path(path)
     contents = {}
     for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
@@ -287,23 +331,18 @@ def load_text_encoder(path: epath.PathLike | None = None) -> TextEncoder:
                 f"no text encoder at {directory}: {name} is missing (experiments/convert_checkpoint.py writes it)."
             )
         contents[name] = (directory / name).read_bytes()
-    try:
-        config = from_json(MiniLMConfig, contents[CONFIG_FILE].decode())
-        tensors = dequantize_tensors(safetensors.numpy.load(contents[WEIGHTS_FILE]))
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{directory} holds no text encoder that can be read: {error}") from error
-    check_tensors(config, tensors)
-    params = traverse_util.unflatten_dict(tensors, sep=".")
-    tokenizer = Tokenizer.from_str(contents[TOKENIZER_FILE].decode())
-    fingerprint = hashlib.sha256(b"".join(contents.values())).hexdigest()
-    return TextEncoder(config, params, tokenizer, fingerprint)
+    return directory, contents
+
+
+def _fingerprint(contents: dict[str, bytes]) -> str:
+    """Returns the SHA-256 of an encoder's files; the version of its config does not change it."""
+    config = as_first_written(parse(contents[CONFIG_FILE].decode())).encode()
+    return hashlib.sha256(contents[WEIGHTS_FILE] + config + contents[TOKENIZER_FILE]).hexdigest()
 
 
 def check_tensors(config: MiniLMConfig, tensors: dict[str, NumpyArray]) -> None:
     """Raises ValueError, naming the tensor, unless names and shapes are those of `MiniLM(config)`'s parameters."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    variables = jax.eval_shape(MiniLM(config).init, jax.random.key(0), *tokens)
-    wanted = traverse_util.flatten_dict(nn.meta.unbox(variables["params"]), sep=".")
+    wanted = traverse_util.flatten_dict(nn.meta.unbox(abstract_params(MiniLM(config))), sep=".")
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in wanted or name not in tensors:
             raise ValueError(f"text encoder: tensor {name} is {'unknown' if name in tensors else 'missing'}.")
