@@ -69,7 +69,7 @@ def discrete_levels(betas: Float[np.ndarray, " steps"], steps: Shaped[np.ndarray
     return Levels(*(a.astype(np.float32) for a in parts))
 
 
-def flow_levels(times: Float[np.ndarray, "*times"]) -> Levels:
+def flow_levels(times: Float[Array, "*times"]) -> Levels:
     """Returns the levels of equation 3 at falling times (`sora_jax.diffusion.schedules.flow_times`)."""
     return Levels(times, 1 - times, times, times * 0 + 1)
 

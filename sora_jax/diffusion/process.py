@@ -134,8 +134,8 @@ class FlowProcess:
         """Draws times to train at, logit-normal."""
         return schedules.logit_normal_times(key, shape, self.config.time_mean, self.config.time_std)
 
-    def shift(self, times: Float[Array, "*shape"], num_tokens: Array | float) -> Float[Array, "*shape"]:
-        """Returns times as a clip of so many tokens has them; as they are without `config.base_tokens`."""
+    def shift(self, times: Float[Array, "..."], num_tokens: Array | float) -> Float[Array, "..."]:
+        """Returns times as clips of so many tokens have them, broadcast; as they are without `config.base_tokens`."""
         base = self.config.base_tokens
         if base is None:
             return times

@@ -216,7 +216,7 @@ def shift_times(t: Float[Array, "*batch"], shift: float) -> Float[Array, "*batch
     return shifted(t, shift)
 
 
-def shifted(t: Float[Array, "*batch"], shift: Array | float) -> Float[Array, "*batch"]:
+def shifted(t: Float[Array, "..."], shift: Array | float) -> Float[Array, "..."]:
     """Returns equation 6, unchecked, for shifts that may be arrays, broadcast against `t`."""
     return shift * t / (1 + (shift - 1) * t)
 
