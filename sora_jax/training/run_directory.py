@@ -99,7 +99,9 @@ def check_config(
     """
     before = flatten(to_values(read_config(directory, type(config))))
     changeable = (*CHANGEABLE, "data.path") if path_may_change else CHANGEABLE
-    for name, value in flatten(to_values(config)).items():
+    asked = flatten(to_values(config))
+    for name in sorted(asked, key=lambda name: not name.endswith("kind")):  # another class says more than its fields
+        value = asked[name]
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in changeable)
         if value != before.get(name) and not may_change:
             raise ConfigChangedError(
