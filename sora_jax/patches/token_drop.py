@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ class ConstantDrop:
     Attributes:
         rate: share of an image's tokens that is dropped, in [0, 1).
     """
+
+    kind: ClassVar[str] = "constant"
 
     rate: float = 0.5
 
@@ -54,6 +57,8 @@ class BetaDrop:
         variance_share: the variance, as a share of the largest that a distribution with this mean can have; the
             paper's default.
     """
+
+    kind: ClassVar[str] = "beta"
 
     mean: float = 0.5
     highest: float = 0.9
@@ -80,6 +85,8 @@ class ResolutionDrop:
         rates: (d_min, d_max), the mean at each end, in [0, 1). The paper compares 0.5 -+ 0.25 and 0.5 -+ 0.4 (Fig. 9b).
         std: sigma.
     """
+
+    kind: ClassVar[str] = "resolution"
 
     num_tokens: tuple[int, int] = (16, 576)
     rates: tuple[float, float] = (0.1, 0.9)

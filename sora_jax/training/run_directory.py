@@ -100,8 +100,9 @@ def check_config(
     own, changeable = read_config(directory, type(config)), CHANGEABLE
     if path_may_change:
         own, changeable = _at_places_of(own, config), (*CHANGEABLE, "data.path")
-    before = flatten(to_values(own))
-    for name, value in flatten(to_values(config)).items():
+    before, asked = flatten(to_values(own)), flatten(to_values(config))
+    for name in sorted(asked, key=lambda name: not name.endswith("kind")):  # another class says more than its fields
+        value = asked[name]
         may_change = any(name.startswith(c) if c.endswith(".") else name == c for c in changeable)
         if value != before.get(name) and not may_change:
             raise ConfigChangedError(
