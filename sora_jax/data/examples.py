@@ -50,7 +50,7 @@ class ExampleBatches:
         """Returns itself."""
         return self
 
-    def __next__(self) -> Float[np.ndarray, "rows *values"]:
+    def __next__(self) -> Float[np.ndarray, " rows *values"]:
         """Returns the next batch, float32."""
         if self._index == self._length:
             raise StopIteration

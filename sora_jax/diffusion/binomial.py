@@ -77,7 +77,7 @@ def bernoulli_kl(q: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array,
 
 def step_term(
     network: Network,
-    x0: Float[Array, "batch *bits"],
+    x0: Float[Array, " batch *bits"],
     key: jax.Array,
     step: Int[Array, ""],
     beta: Float[Array, ""],
@@ -107,7 +107,7 @@ def step_term(
 
 
 def bound(
-    network: Network, x0: Float[Array, "batch *bits"], betas: Float[np.ndarray, " steps"], key: jax.Array
+    network: Network, x0: Float[Array, " batch *bits"], betas: Float[np.ndarray, " steps"], key: jax.Array
 ) -> BoundTerms:
     """Returns the terms of the bound on -log p(x_0), each with one draw, in nats an example.
 
@@ -137,7 +137,7 @@ def bound(
 
 def trajectory(
     network: Network, shape: tuple[int, ...], betas: Float[np.ndarray, " steps"], key: jax.Array
-) -> Float[Array, "levels *shape"]:
+) -> Float[Array, " levels *shape"]:
     """Draws bits by the reverse chain (equations 4 and 5) and returns all that it goes through.
 
     Args:

@@ -93,8 +93,8 @@ class BoundTerms(NamedTuple):
 
 def step_term(
     denoise: Denoise,
-    x0: Float[Array, "batch *values"],
-    noise: Float[Array, "batch *values"],
+    x0: Float[Array, " batch *values"],
+    noise: Float[Array, " batch *values"],
     now: Levels,
     to: Levels,
     variance: str = "small",
@@ -149,20 +149,20 @@ def last_floor(levels: Levels) -> Array | None:
     return posterior(before, last).variance
 
 
-def prior_term(x0: Float[Array, "batch *values"], first: Levels) -> Float[Array, "batch *values"]:
+def prior_term(x0: Float[Array, " batch *values"], first: Levels) -> Float[Array, " batch *values"]:
     """Returns L_T of each value (equation 2), in nats; `first` is the noisiest level."""
     return gaussian_kl(first.alpha * x0, 2 * jnp.log(first.sigma), jnp.zeros_like(x0), jnp.zeros(()))
 
 
 def bound(
     denoise: Denoise,
-    x0: Float[Array, "batch *values"],
+    x0: Float[Array, " batch *values"],
     levels: Levels,
     key: jax.Array,
     *,
     variance: str = "small",
     discrete: bool = False,
-    mask: Bool[Array, "batch *values"] | None = None,
+    mask: Bool[Array, " batch *values"] | None = None,
     last_variance: str = "beta",
 ) -> BoundTerms:
     """Returns all terms of the bound, each with one draw of noise.
@@ -209,7 +209,7 @@ def bits(nats: Float[Array, "..."]) -> Float[Array, "..."]:
     return nats / LOG_2
 
 
-def null_bits(x0: Float[Array, "batch *values"]) -> Float[Array, " batch"]:
+def null_bits(x0: Float[Array, " batch *values"]) -> Float[Array, " batch"]:
     """Returns the log-likelihood of each example under N(0, I) in bits (equation 6)."""
     return bits(gaussian_log_density(x0, 0.0, jnp.zeros(())).reshape(len(x0), -1).sum(axis=1))
 

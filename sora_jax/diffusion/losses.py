@@ -157,15 +157,15 @@ def prediction_error(
 
 def hybrid_error(
     denoise: Denoise,
-    x0: Float[Array, "batch *values"],
-    noise: Float[Array, "batch *values"],
+    x0: Float[Array, " batch *values"],
+    noise: Float[Array, " batch *values"],
     now: Levels,
     to: Levels,
     share: float = 0.001,
     discrete: bool = True,
     floor: Float[Array, ""] | None = None,
     prediction: Prediction = "noise",
-) -> Float[Array, "batch *values"]:
+) -> Float[Array, " batch *values"]:
     """Returns equation 2 for each value, of a network that learns its variance, in nats.
 
     The squared error of what is predicted trains the mean; the bound's term, in which the mean is held constant, trains

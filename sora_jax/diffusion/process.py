@@ -216,8 +216,8 @@ class DiscreteProcess:
     def error(
         self,
         network: Network,
-        x0: Float[Array, "examples *values"],
-        noise: Float[Array, "examples *values"],
+        x0: Float[Array, " examples *values"],
+        noise: Float[Array, " examples *values"],
         steps: Int[Array, " examples"],
         bound_share: float,
     ) -> Float[Array, " examples"]:

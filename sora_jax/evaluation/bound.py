@@ -43,7 +43,7 @@ class BoundEstimate:
 
 def estimate_bound(
     bound: Bound,
-    examples: Float[np.ndarray, "examples *values"],
+    examples: Float[np.ndarray, " examples *values"],
     key: jax.Array,
     *,
     num_draws: int = 1,

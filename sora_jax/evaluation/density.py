@@ -43,7 +43,7 @@ class Gaussian(NamedTuple):
     mean: Float[np.ndarray, " dim"]
     factor: Float[np.ndarray, "dim dim"]
 
-    def log_density(self, images: Float[np.ndarray, "count *shape"]) -> Float[np.ndarray, " count"]:
+    def log_density(self, images: Float[np.ndarray, " count *shape"]) -> Float[np.ndarray, " count"]:
         """Returns the log density of each image by equation 1, in bits an image (float64)."""
         x = np.asarray(images, np.float64).reshape(len(images), -1) - self.mean
         white = np.linalg.solve(self.factor, x.T)  # (D, count)
@@ -51,7 +51,7 @@ class Gaussian(NamedTuple):
         return nats / LOG_2
 
 
-def fit_gaussian(images: Float[np.ndarray, "count *shape"]) -> Gaussian:
+def fit_gaussian(images: Float[np.ndarray, " count *shape"]) -> Gaussian:
     """Returns the maximum likelihood Gaussian with a full covariance.
 
     Args:

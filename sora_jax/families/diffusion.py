@@ -264,7 +264,7 @@ class GaussianTask(DiffusionTask):
         count = jnp.float32(len(batch))
         return Loss(error.sum(), count, {"examples": count})
 
-    def bound(self, params: PyTree, x0: Float[Array, "batch *values"], key: jax.Array) -> BoundTerms:
+    def bound(self, params: PyTree, x0: Float[Array, " batch *values"], key: jax.Array) -> BoundTerms:
         """Returns the terms of the bound of each example, in nats."""
         process = self.config.process
         return likelihood.bound(
@@ -300,11 +300,11 @@ class BinomialTask(DiffusionTask):
         count = jnp.float32(len(batch))
         return Loss(error.sum(), count, {"examples": count})
 
-    def bound(self, params: PyTree, x0: Float[Array, "batch *values"], key: jax.Array) -> BoundTerms:
+    def bound(self, params: PyTree, x0: Float[Array, " batch *values"], key: jax.Array) -> BoundTerms:
         """Returns the terms of the bound of each example, in nats."""
         return binomial.bound(self.network_of(params), x0, self._betas, key)
 
-    def sample(self, params: PyTree, num_samples: int, key: jax.Array) -> Float[Array, "samples *values"]:
+    def sample(self, params: PyTree, num_samples: int, key: jax.Array) -> Float[Array, " samples *values"]:
         """Draws bits by the reverse chain."""
         return binomial.sample(self.network_of(params), (num_samples, *self.config.data.shape), self._betas, key)
 
