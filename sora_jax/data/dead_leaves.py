@@ -18,6 +18,7 @@ covered, draws the stationary model exactly (Kendall and Thoennes, 1999).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from sora_jax.array_types import Float
 from sora_jax.config import BatchConfig, check
+from sora_jax.data.examples import Draw, Values, from_images
 
 _CHUNK = 4096  # images drawn together: their masks stay in the cache
 
@@ -42,6 +44,7 @@ class DeadLeavesConfig(BatchConfig):
     """
 
     kind: ClassVar[str] = "dead_leaves"
+    values: ClassVar[Values] = "numbers"
 
     eval_splits: tuple[str, ...] = ("held_out",)
     size: int = 16
@@ -64,6 +67,44 @@ class DeadLeavesConfig(BatchConfig):
     def shape(self) -> tuple[int, ...]:
         """Of an example."""
         return (self.size, self.size, 1)
+
+    def images(self, split: str, count: int | None = None) -> Float[np.ndarray, "images size size 1"]:
+        """Returns the images of a split, each time the same array; any but `train` is a set of its own.
+
+        Args:
+            split: its name.
+            count: of images (default: `num_images`).
+        """
+        return _images(self, split, self.num_images if count is None else count)
+
+    def source(self, split: str) -> Draw:
+        """Returns what draws images of a split with replacement."""
+        return from_images(self.images(split))
+
+    def held_out(self, count: int, seed: int) -> Float[np.ndarray, "count size size 1"]:
+        """Returns images that a model is scored on; `image_seed` draws them."""
+        del seed
+        return self.images(self.eval_splits[0], count)
+
+    def log_density(self, x: Float[np.ndarray, "count size size 1"]) -> None:
+        """Returns None: it is not known."""
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report says of the data."""
+        return {
+            "size": self.size,
+            "smallest_radius": self.radii[0],
+            "largest_radius": self.radii[1],
+            "pixel_noise": self.pixel_noise,
+            "num_images": self.num_images,
+        }
+
+
+@functools.lru_cache(maxsize=4)
+def _images(config: DeadLeavesConfig, split: str, count: int) -> Float[np.ndarray, "images size size 1"]:
+    """Returns what `DeadLeavesConfig.images` does."""
+    rng = np.random.default_rng((config.image_seed, *split.encode()))
+    return dead_leaves(rng, count, config.size, radii=config.radii, noise=config.pixel_noise)
 
 
 def dead_leaves(

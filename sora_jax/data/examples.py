@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from sora_jax.array_types import Float
-from sora_jax.config import BatchConfig
-from sora_jax.data.dead_leaves import DeadLeavesConfig, dead_leaves
-from sora_jax.data.images import StillsConfig, load_images
-from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig, heartbeat, swiss_roll
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, count) -> (count, ...) float32
 TRAIN = "train"
+Values = Literal["bits", "numbers", "8-bit"]
+
+
+class ExampleData(Protocol):
+    """A config of examples of one shape, which stands with what makes them.
+
+    Attributes:
+        values: what they are made of; `8-bit` are such, as numbers in [-1, 1].
+        shape: of an example.
+    """
+
+    values: ClassVar[Values]
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def source(self, split: str) -> Draw:
+        """Returns what draws the examples of a split; ValueError where there is no such split."""
+        ...
+
+    def held_out(self, count: int, seed: int) -> np.ndarray:
+        """Returns the examples that a model is scored on, float32; ValueError where there are not so many."""
+        ...
+
+    def log_density(self, x: np.ndarray) -> np.ndarray | None:
+        """Returns the true log-density of examples, nats; None where it is not known."""
+        ...
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report says of the data."""
+        ...
 
 
 class ExampleBatches:
@@ -74,38 +100,6 @@ class ExampleBatches:
         """Does nothing: there is no process to end."""
 
 
-def example_source(config: BatchConfig, split: str) -> Draw:
-    """Returns what draws the examples of a split.
-
-    The roll and the heartbeat are drawn afresh, images from those of the split with replacement.
-
-    Raises:
-        ValueError: a data set that has no such split or no such stills.
-    """
-    if isinstance(config, SwissRollConfig):
-        return lambda rng, count: swiss_roll(rng, count, config.noise)
-    if isinstance(config, HeartbeatConfig):
-        return heartbeat
-    if not isinstance(config, DeadLeavesConfig | StillsConfig):
-        raise TypeError(f"no examples for data of type {type(config).__name__}.")
-    images = example_images(config, split)
+def from_images(images: Float[np.ndarray, " images *values"]) -> Draw:
+    """Returns what draws from some images, with replacement."""
     return lambda rng, count: images[rng.integers(len(images), size=count)]
-
-
-@functools.lru_cache(maxsize=4)
-def example_images(
-    config: DeadLeavesConfig | StillsConfig, split: str, count: int | None = None
-) -> Float[np.ndarray, "images size size channels"]:
-    """Returns the images of a split, float32, each time the same array.
-
-    Args:
-        config: of the data.
-        split: its name; of dead leaves any other than `train` is another set of images.
-        count: of dead leaves (default: `num_images`); of stills, the first so many.
-    """
-    if isinstance(config, DeadLeavesConfig):
-        rng = np.random.default_rng((config.image_seed, *split.encode()))
-        count = config.num_images if count is None else count
-        return dead_leaves(rng, count, config.size, radii=config.radii, noise=config.pixel_noise)
-    images, _ = load_images(config.path, split, config.size, config.channels)
-    return images[:count].astype(np.float32) / 127.5 - 1

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sora_jax.array_types import NumpyArray
+from sora_jax.array_types import Float, NumpyArray
 from sora_jax.config import BatchConfig, check
 from sora_jax.data.decode import decode_frames
+from sora_jax.data.examples import Draw, Values, from_images
 from sora_jax.data.sources import open_source
 
 
@@ -38,6 +40,7 @@ class StillsConfig(BatchConfig):
     """
 
     kind: ClassVar[str] = "stills"
+    values: ClassVar[Values] = "8-bit"
 
     eval_splits: tuple[str, ...] = ("unseen",)
     path: str = ""
@@ -53,6 +56,42 @@ class StillsConfig(BatchConfig):
     def shape(self) -> tuple[int, ...]:
         """Of an example."""
         return (self.size, self.size, self.channels)
+
+    def images(self, split: str) -> Float[np.ndarray, "images size size channels"]:
+        """Returns the stills of a split, each time the same array."""
+        return _images(self, split)
+
+    def source(self, split: str) -> Draw:
+        """Returns what draws stills of a split with replacement."""
+        return from_images(self.images(split))
+
+    def held_out(self, count: int, seed: int) -> Float[np.ndarray, "count size size channels"]:
+        """Returns the first stills of the first held-out split.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        del seed
+        images = self.images(self.eval_splits[0])[:count]
+        if len(images) < count:
+            raise ValueError(
+                f"num_held_out must be at most the {len(images)} images of {self.eval_splits[0]}, got {count}."
+            )
+        return images
+
+    def log_density(self, x: Float[np.ndarray, "count size size channels"]) -> None:
+        """Returns None: it is not known."""
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report says of the data: nothing more."""
+        return {}
+
+
+@functools.lru_cache(maxsize=4)
+def _images(config: StillsConfig, split: str) -> Float[np.ndarray, "images size size channels"]:
+    """Returns what `StillsConfig.images` does."""
+    images, _ = load_images(config.path, split, config.size, config.channels)
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def load_images(path: str, split: str, size: int, channels: int = 3) -> Images:

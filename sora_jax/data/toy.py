@@ -26,6 +26,7 @@ import numpy as np
 
 from sora_jax.array_types import Float
 from sora_jax.config import BatchConfig, check
+from sora_jax.data.examples import Draw, Values
 
 _START, _END = 1.5 * math.pi, 4.5 * math.pi  # of t
 _NODES = 8  # of the quadrature in a panel
@@ -43,6 +44,7 @@ class SwissRollConfig(BatchConfig):
     """
 
     kind: ClassVar[str] = "swiss_roll"
+    values: ClassVar[Values] = "numbers"
 
     eval_splits: tuple[str, ...] = ("held_out",)
     noise: float = 0.0025
@@ -56,12 +58,30 @@ class SwissRollConfig(BatchConfig):
         """Of an example."""
         return (2,)
 
+    def source(self, split: str) -> Draw:
+        """Returns what draws points, the same law for every split."""
+        del split
+        return lambda rng, count: swiss_roll(rng, count, self.noise)
+
+    def held_out(self, count: int, seed: int) -> Float[np.ndarray, "count 2"]:
+        """Returns points that a model is scored on."""
+        return swiss_roll(np.random.default_rng(seed), count, self.noise)
+
+    def log_density(self, x: Float[np.ndarray, "count 2"]) -> Float[np.ndarray, " count"]:
+        """Returns the true log-density of points, nats (equation 3)."""
+        return swiss_roll_log_density(x, self.noise)
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report says of the data."""
+        return {"noise": self.noise}
+
 
 @dataclasses.dataclass(frozen=True)
 class HeartbeatConfig(BatchConfig):
     """Binary heartbeats of 20 bins (`sora_jax.data.toy`), drawn afresh for each batch."""
 
     kind: ClassVar[str] = "heartbeat"
+    values: ClassVar[Values] = "bits"
 
     eval_splits: tuple[str, ...] = ("held_out",)
 
@@ -69,6 +89,31 @@ class HeartbeatConfig(BatchConfig):
     def shape(self) -> tuple[int, ...]:
         """Of an example."""
         return (20,)
+
+    def source(self, split: str) -> Draw:
+        """Returns what draws heartbeats, the same law for every split."""
+        del split
+        return heartbeat
+
+    def held_out(self, count: int, seed: int) -> Float[np.ndarray, "count 20"]:
+        """Returns all sequences in turn, so that each counts the same.
+
+        Raises:
+            ValueError: a count that is no multiple of their number.
+        """
+        del seed
+        sequences = heartbeat_sequences()
+        if count % len(sequences):
+            raise ValueError(f"num_held_out must be a multiple of the {len(sequences)} sequences, got {count}.")
+        return np.tile(sequences, (count // len(sequences), 1))
+
+    def log_density(self, x: Float[np.ndarray, "count 20"]) -> Float[np.ndarray, " count"]:
+        """Returns the log-probability of heartbeats, nats: all are as likely."""
+        return np.full(len(x), -math.log(len(heartbeat_sequences())))
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report says of the data: nothing more."""
+        return {}
 
 
 def _spiral_moments() -> tuple[Float[np.ndarray, " 2"], Float[np.ndarray, " 2"]]:

@@ -23,7 +23,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from sora_jax.array_types import Array, Float, Int, PyTree
 from sora_jax.config import StudyConfig, check
@@ -36,9 +35,9 @@ from sora_jax.diffusion.likelihood import BoundTerms
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.diffusion.samplers import Denoise
 from sora_jax.models.attention import AttentionFn, xla_attention
-from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig
-from sora_jax.models.multiscale import MultiscaleConfig, MultiscaleConvolution
-from sora_jax.models.unet import UNet, UNetConfig
+from sora_jax.models.mlp import MLPConfig, RBFConfig
+from sora_jax.models.multiscale import MultiscaleConfig
+from sora_jax.models.unet import UNetConfig
 from sora_jax.training.task import Loss
 
 ExampleConfig = SwissRollConfig | HeartbeatConfig | DeadLeavesConfig | StillsConfig
@@ -55,6 +54,9 @@ class BinomialConfig:
     """
 
     kind: ClassVar[str] = "binomial"
+    of_bits: ClassVar[bool] = True
+    discrete: ClassVar[bool] = False
+    variance: ClassVar[str] = "small"  # that of the posterior
 
     num_levels: int = 2000
 
@@ -96,21 +98,21 @@ class DiffusionConfig(StudyConfig):
             check(getattr(self, field) >= 1, self, field, "at least 1")
         check(len(self.data.eval_splits) >= 1, self.data, "eval_splits", "at least one; the first is what is scored")
         check(self.data.split not in self.data.eval_splits, self.data, "eval_splits", "without the split trained on")
-        if isinstance(self.data, HeartbeatConfig) != isinstance(self.process, BinomialConfig):
+        if (self.data.values == "bits") != self.process.of_bits:
             raise ValueError(
                 f"process must be a BinomialConfig for bits and a GaussianConfig for numbers, got a "
                 f"{type(self.process).__name__} for {type(self.data).__name__}."
             )
         self._check_network()
-        discrete = isinstance(self.process, GaussianConfig) and self.process.discrete
-        if discrete != isinstance(self.data, StillsConfig):
+        discrete = self.process.discrete
+        if discrete != (self.data.values == "8-bit"):
             works = "true for 8-bit stills and false for all else"
             raise ValueError(f"process.discrete must be {works}, got {discrete} for {type(self.data).__name__}.")
 
     def _check_network(self) -> None:
         """Raises ValueError where the network does not suit the data or the process."""
         images = len(self.data.shape) == 3
-        if images != isinstance(self.model, MultiscaleConfig | UNetConfig):
+        if images != self.model.takes_images:
             works = "MultiscaleConfig or UNetConfig for images, RBFConfig or MLPConfig for vectors"
             kinds = f"{type(self.model).__name__} for {type(self.data).__name__}"
             raise ValueError(f"model must be a {works}, got {kinds}.")
@@ -118,19 +120,13 @@ class DiffusionConfig(StudyConfig):
         if images:
             check(self.data.size % multiple == 0, self.data, "size", f"a multiple of the network's {multiple}")
         channels = self.data.shape[-1]
-        learns = isinstance(self.process, GaussianConfig) and self.process.variance == "learned"
+        learns = self.process.variance == "learned"
         check(self.model.in_channels == channels, self.model, "in_channels", f"the {channels} of the data")
         out = 2 * channels if learns else channels
         check(self.model.out_channels == out, self.model, "out_channels", f"{out} for such data and such a variance")
         steps = self.process.num_levels
         told = getattr(self.model, "num_steps", steps)  # of networks that know how many there are
         check(told == steps, self.model, "num_steps", f"the {steps} of process.num_levels")
-
-
-def build_network(config: NetworkConfig) -> nn.Module:
-    """Returns the network of a config."""
-    kinds = {RBFConfig: RBF, MLPConfig: MLP, MultiscaleConfig: MultiscaleConvolution, UNetConfig: UNet}
-    return kinds[type(config)](config)
 
 
 def spread_steps(key: jax.Array, rows: Int[Array, " rows"], num_rows: int, num_steps: int) -> Int[Array, " rows"]:
@@ -148,7 +144,7 @@ class DiffusionTask:
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.model = build_network(config.model)
+        self.model = config.model.network()
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns {"network": its parameters}, boxed with their logical axes."""
@@ -312,4 +308,4 @@ class BinomialTask(DiffusionTask):
 def diffusion_task(config: DiffusionConfig, attention_fn: AttentionFn = xla_attention) -> GaussianTask | BinomialTask:
     """Returns the task of an experiment; its networks have no attention kernel to choose."""
     del attention_fn
-    return BinomialTask(config) if isinstance(config.process, BinomialConfig) else GaussianTask(config)
+    return BinomialTask(config) if config.process.of_bits else GaussianTask(config)

@@ -37,18 +37,19 @@ def start_from(
         ValueError: models that have nothing to do with each other, or differ in more than their classes and sizes;
             the message names the first field that does.
     """
-    if isinstance(target, ViViTConfig) and isinstance(source, ViTConfig):
+    if len(target.example_shape or ()) == 4 and len(source.example_shape or ()) == 3:  # of clips, of images
         return init_from_vit(target, key, source, params)
     if type(target) is not type(source):
         raise ValueError(f"a {type(target).__name__} cannot begin with the parameters of a {type(source).__name__}.")
-    free = _FREE | ({"image_size"} if isinstance(target, ViTConfig) else set())
+    resizable = target.patch is not None and target.takes_any_size
+    free = _FREE | ({"image_size"} if resizable else set())
     for field in dataclasses.fields(target):
         values = getattr(source, field.name), getattr(target, field.name)
         if field.name not in free and values[0] != values[1]:
             raise ValueError(f"the given model's {field.name} must be {values[1]}, got {values[0]}.")
-    if isinstance(target, ViTConfig) and source.image_size != target.image_size:
+    if resizable and source.image_size != target.image_size:
         source, params = resize_images(source, params, target.image_size)
-    if isinstance(target, ViTConfig):
+    if resizable:
         heads = [(model.num_classes, model.representation_dim) for model in (source, target)]
         if heads[0] == heads[1]:
             return params

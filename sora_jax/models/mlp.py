@@ -44,11 +44,16 @@ class RBFConfig:
     """
 
     kind: ClassVar[str] = "rbf"
+    takes_images: ClassVar[bool] = False
 
     in_channels: int = 2
     out_channels: int = 4
     num_units: int = 16
     num_steps: int = 40
+
+    def network(self) -> RBF:
+        """Returns the network."""
+        return RBF(self)
 
     def __post_init__(self) -> None:
         for field in ("in_channels", "out_channels", "num_units", "num_steps"):
@@ -71,6 +76,7 @@ class MLPConfig:
     """
 
     kind: ClassVar[str] = "mlp"
+    takes_images: ClassVar[bool] = False
 
     in_channels: int = 2
     out_channels: int = 2
@@ -80,6 +86,10 @@ class MLPConfig:
     time_dim: int = 64
     num_frequencies: int = 0
     frequency_range: tuple[float, float] = (0.25, 64.0)
+
+    def network(self) -> MLP:
+        """Returns the network."""
+        return MLP(self)
 
     def __post_init__(self) -> None:
         for field in ("in_channels", "out_channels", "width", "depth", "num_steps"):

@@ -51,6 +51,7 @@ class MultiscaleConfig:
     """
 
     kind: ClassVar[str] = "multiscale"
+    takes_images: ClassVar[bool] = True
 
     in_channels: int = 1
     out_channels: int = 2
@@ -62,6 +63,10 @@ class MultiscaleConfig:
     num_steps: int = 500
     modulated: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def network(self) -> MultiscaleConvolution:
+        """Returns the network."""
+        return MultiscaleConvolution(self)
 
     def __post_init__(self) -> None:
         for field in ("in_channels", "out_channels", "width", "num_layers", "num_scales", "num_dense"):

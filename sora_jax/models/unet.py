@@ -49,6 +49,7 @@ class UNetConfig:
     """
 
     kind: ClassVar[str] = "unet"
+    takes_images: ClassVar[bool] = True
 
     in_channels: int = 3
     out_channels: int = 3
@@ -60,6 +61,10 @@ class UNetConfig:
     norm_eps: float = 1e-6
     dropout: float = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def network(self) -> UNet:
+        """Returns the network."""
+        return UNet(self)
 
     def __post_init__(self) -> None:
         for field in ("in_channels", "out_channels", "num_blocks", "num_groups"):

@@ -17,10 +17,8 @@ from jax.sharding import Mesh
 from sora_jax.array_types import PyTree
 from sora_jax.components import CodecComponent, Components, ProcessComponent
 from sora_jax.data.dead_leaves import DeadLeavesConfig
-from sora_jax.data.examples import TRAIN, ExampleBatches, example_images, example_source
+from sora_jax.data.examples import TRAIN, ExampleBatches
 from sora_jax.data.identity import data_fingerprints
-from sora_jax.data.images import StillsConfig
-from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig, heartbeat_sequences, swiss_roll_log_density
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.binomial import null_bits
 from sora_jax.evaluation.bound import BoundEstimate, estimate_bound
@@ -62,7 +60,9 @@ class DiffusionRun:
         self._task = diffusion_task(config)
         splits = (config.data.split, *config.data.eval_splits)
         self.data_fingerprints = functools.partial(data_fingerprints, config.data, splits)
-        self._held_out = held_out_examples(config)  # before a run that could not be scored
+        self._held_out = config.data.held_out(
+            config.num_held_out, HELD_OUT_SEED
+        )  # before a run that could not be scored
 
     def components(self) -> Components:
         """Returns what the model is trained with."""
@@ -75,7 +75,7 @@ class DiffusionRun:
     def open_batches(self, split: str, training: bool) -> ExampleBatches:
         """Opens the examples of a split: endless where it is trained on, else drawn with a seed of their own."""
         return ExampleBatches(
-            example_source(self.config.data, split),
+            self.config.data.source(split),
             self.config.seed if training else HELD_OUT_SEED,
             self.config.data.batch_size,
             None if training else self.config.eval_batches,
@@ -140,59 +140,35 @@ class DiffusionRun:
         )
 
 
-def held_out_examples(config: DiffusionConfig) -> np.ndarray:
-    """Returns the `num_held_out` examples that a model is scored on, float32.
-
-    The heartbeat's are all of its sequences, in turn.
-
-    Raises:
-        ValueError: fewer are held out than are asked for, or sequences would not count the same.
-    """
-    data, count = config.data, config.num_held_out
-    if isinstance(data, HeartbeatConfig):
-        sequences = heartbeat_sequences()
-        if count % len(sequences):
-            raise ValueError(f"num_held_out must be a multiple of the {len(sequences)} sequences, got {count}.")
-        return np.tile(sequences, (count // len(sequences), 1))
-    if isinstance(data, SwissRollConfig):
-        return example_source(data, data.eval_splits[0])(np.random.default_rng(HELD_OUT_SEED), count)
-    images = example_images(data, data.eval_splits[0], count)
-    if len(images) < count:
-        raise ValueError(
-            f"num_held_out must be at most the {len(images)} images of {data.eval_splits[0]}, got {count}."
-        )
-    return images
-
-
 def score(
     config: DiffusionConfig, estimate: BoundEstimate, held_out: np.ndarray, console: rich.console.Console
 ) -> Report:
     """Returns the bound of held-out examples beside what else is known of their log-likelihood, in bits a unit."""
     data = config.data
-    per_value = isinstance(data, DeadLeavesConfig | StillsConfig)
-    num_values = held_out[0].size if per_value else 1
+    images = len(data.shape) == 3
+    num_values = held_out[0].size if images else 1
     figures: Report = {
-        "unit": "value" if per_value else "example",
+        "unit": "value" if images else "example",
         "k_bits": estimate.mean / num_values,
         "k_stderr": estimate.standard_error / num_values,
     }
-    if isinstance(data, HeartbeatConfig):
-        figures |= {"null_bits": null_bits(held_out.shape[1]), "true_bits": -math.log2(len(heartbeat_sequences()))}
-    elif isinstance(data, StillsConfig):
+    if data.values == "8-bit":
         figures["bits_per_dim"] = -figures["k_bits"]
         curve = likelihood.rate_distortion(estimate.terms, num_values)
         figures |= {"rate": np.asarray(curve.rate).tolist(), "distortion": np.asarray(curve.distortion).tolist()}
+    elif data.values == "bits":
+        figures["null_bits"] = null_bits(held_out.shape[1])
     else:
         figures["null_bits"] = float(np.mean(likelihood.null_bits(held_out))) / num_values
-    if isinstance(data, SwissRollConfig):
-        true = likelihood.bits(swiss_roll_log_density(held_out, data.noise))
-        gap = true - estimate.k  # of the same points, so that its error is smaller than that of either
-        figures |= {"noise": data.noise, "true_bits": float(true.mean())}
+    log_density = data.log_density(held_out)
+    if log_density is not None:
+        true = likelihood.bits(log_density)
+        gap = true - estimate.k  # of the same examples, so that its error is smaller than that of either
+        figures["true_bits"] = float(true.mean())
         figures["gap_stderr"] = float(gap.std(ddof=1) / math.sqrt(len(gap)))
-    if isinstance(data, DeadLeavesConfig):
+    figures |= data.facts()
+    if images and data.values == "numbers":
         console.print("fitting the Gaussian and the autoregressive baseline", highlight=False)
-        figures |= {"size": data.size, "smallest_radius": data.radii[0], "largest_radius": data.radii[1]}
-        figures |= {"pixel_noise": data.pixel_noise, "num_images": data.num_images}
         figures |= baselines(data)(held_out)
     if "null_bits" in figures:
         figures["gain_bits"] = figures["k_bits"] - figures["null_bits"]
@@ -204,7 +180,7 @@ def score(
 @functools.cache
 def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
     """Returns what gives the mean log-likelihood of images under densities fitted to those that are trained on."""
-    images = example_images(data, TRAIN)
+    images = data.images(TRAIN)
     densities = {"gaussian_bits": fit_gaussian(images), "mcgsm_bits": fit_mcgsm(images, MCGSMConfig())}
     return lambda held_out: {
         name: float(density.log_density(held_out).mean()) / held_out[0].size for name, density in densities.items()

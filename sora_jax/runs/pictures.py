@@ -10,9 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.array_types import Array, PyTree
-from sora_jax.data.dead_leaves import DeadLeavesConfig
-from sora_jax.data.images import StillsConfig
-from sora_jax.data.toy import SwissRollConfig
 from sora_jax.diffusion import binomial, likelihood
 from sora_jax.diffusion.gaussian import Levels, corrupt, posterior
 from sora_jax.diffusion.guidance import Multiplied, inpainting
@@ -43,9 +40,9 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
     num_values = held_out[0].size if held_out.ndim == 4 else 1
     terms = np.asarray(likelihood.bits(estimate.terms.steps))[::-1, 0] / num_values
     pictures = {"bound.png": plots.bound_terms(terms, "value" if num_values > 1 else "example")}
-    if isinstance(task, BinomialTask):
+    if data.values == "bits":
         return pictures | {"trajectories.png": heartbeat_trajectories(task, params, held_out[:count])}
-    if isinstance(data, SwissRollConfig):
+    if len(data.shape) == 1:
         return pictures | {"trajectories.png": point_trajectories(task, params, held_out[:count])}
     path = reverse_path(task, params, count, "samples")
     columns = min(count, len(held_out), 8)
@@ -56,10 +53,10 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
     forward = [scaled(task, x[:columns]) for x in forward_path(task, params, held_out[:columns])]
     reverse = [scaled(task, x[:columns]) for x in path]
     pictures["trajectories.png"] = plots.png_bytes(plots.image_grid([*forward, *reverse]))
-    if isinstance(data, DeadLeavesConfig):
+    if data.values == "numbers":
         pictures["inpainting.png"] = inpainted(task, params, held_out[:columns])
         pictures["denoising.png"] = denoised(task, params, held_out[:columns])
-    if isinstance(data, StillsConfig):
+    else:
         curve = likelihood.rate_distortion(estimate.terms, num_values)
         pictures["rate_distortion.png"] = plots.rate_distortion(np.asarray(curve.rate), np.asarray(curve.distortion))
     return pictures

@@ -24,7 +24,6 @@ from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load
 from sora_jax.families.recognition import (
-    ContrastiveConfig,
     RecognitionConfig,
 )
 from sora_jax.families.registry import make_task
@@ -115,7 +114,7 @@ class RecognitionRun:
             path: of a run or an exported model of ViT, ViViT or NaViT, or of converted weights; of a contrastive run
                 for another one.
         """
-        if isinstance(self.config, ContrastiveConfig):
+        if self.config.data.label == "none":  # it starts from another of its own kind
             return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
 
         def params(mesh: Mesh) -> PyTree:

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sora_jax.data.examples import ExampleBatches, example_source
+from sora_jax.data.examples import ExampleBatches
 from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 
 
@@ -44,6 +44,6 @@ def test_a_held_out_split_ends():
 
 @pytest.mark.parametrize("config", [SwissRollConfig(), HeartbeatConfig()])
 def test_examples_have_the_shape_that_their_config_says(config):
-    batch = example_source(config, "train")(np.random.default_rng(0), 7)
+    batch = config.source("train")(np.random.default_rng(0), 7)
     assert batch.shape == (7, *config.shape)
     assert batch.dtype == np.float32

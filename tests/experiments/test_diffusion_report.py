@@ -12,12 +12,11 @@ from PIL import Image
 
 from sora_jax.commands import train
 from sora_jax.data.dead_leaves import DeadLeavesConfig
-from sora_jax.data.examples import example_images
 from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian
 from sora_jax.families.diffusion import BinomialConfig, DiffusionConfig, GaussianConfig
 from sora_jax.models.mlp import MLPConfig
-from sora_jax.runs.diffusion import held_out_examples
+from sora_jax.runs.diffusion import HELD_OUT_SEED
 from sora_jax.runs.study import mean_over_seeds, report_table
 
 pytestmark = pytest.mark.slow
@@ -148,10 +147,10 @@ def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
     command = [str(tmp_path / "leaves.py"), "--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "f.json")]
     assert train.main(command) == 0
     figures = json.loads((tmp_path / "f.json").read_text())
-    held_out = example_images(DeadLeavesConfig(size=4, num_images=50), "held_out", 5)
+    held_out = DeadLeavesConfig(size=4, num_images=50).images("held_out", 5)
     null = -0.5 * (np.log2(2 * np.pi) + np.square(held_out).mean() / np.log(2))
     assert figures["null_bits"] == pytest.approx(null, rel=1e-5)
-    gaussian = fit_gaussian(example_images(DeadLeavesConfig(size=4, num_images=50), "train"))
+    gaussian = fit_gaussian(DeadLeavesConfig(size=4, num_images=50).images("train"))
     assert figures["gaussian_bits"] == pytest.approx(gaussian.log_density(held_out).mean() / 16)
     assert math.isfinite(figures["mcgsm_bits"]) and figures["pixel_noise"] == 0.05
     with Image.open(tmp_path / "run/leaves_seed_0/inpainting.png") as image:
@@ -183,13 +182,13 @@ def test_all_sequences_count_the_same():
     config = DiffusionConfig(
         data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(num_levels=1000), num_held_out=10
     )
-    rows, counts = np.unique(held_out_examples(config), axis=0, return_counts=True)
+    rows, counts = np.unique(config.data.held_out(config.num_held_out, HELD_OUT_SEED), axis=0, return_counts=True)
     assert len(rows) == 5 and set(counts) == {2}
     config = DiffusionConfig(
         data=HeartbeatConfig(), model=MLPConfig(20, 20), process=BinomialConfig(num_levels=1000), num_held_out=7
     )
     with pytest.raises(ValueError, match="num_held_out must be a multiple of the 5 sequences, got 7"):
-        held_out_examples(config)
+        config.data.held_out(config.num_held_out, HELD_OUT_SEED)
 
 
 def test_held_out_points_are_the_same_for_every_seed_and_not_those_trained_on():
@@ -197,7 +196,9 @@ def test_held_out_points_are_the_same_for_every_seed_and_not_those_trained_on():
         DiffusionConfig(data=SwissRollConfig(), process=GaussianConfig(loss="bound"), seed=seed, num_held_out=9)
         for seed in (0, 1)
     )
-    np.testing.assert_array_equal(held_out_examples(one), held_out_examples(two))
+    np.testing.assert_array_equal(
+        one.data.held_out(one.num_held_out, HELD_OUT_SEED), two.data.held_out(two.num_held_out, HELD_OUT_SEED)
+    )
 
 
 def test_means_over_seeds_and_their_table():

@@ -14,7 +14,7 @@ from sora_jax.array_types import Array
 from sora_jax.config import OptimizerConfig
 from sora_jax.config_json import from_json, to_json
 from sora_jax.data.dead_leaves import DeadLeavesConfig
-from sora_jax.data.examples import ExampleBatches, example_source
+from sora_jax.data.examples import ExampleBatches
 from sora_jax.data.images import StillsConfig
 from sora_jax.data.toy import HeartbeatConfig, SwissRollConfig
 from sora_jax.diffusion.gaussian import discrete_levels
@@ -202,7 +202,7 @@ class Examples(ExampleBatches):
     """Random images in the place of a data set's."""
 
     def __init__(self, config, training):
-        draw = example_source(config.data, "train") if not isinstance(config.data, StillsConfig) else random_images
+        draw = config.data.source("train") if not isinstance(config.data, StillsConfig) else random_images
         super().__init__(draw, 5, config.data.batch_size, None if training else 4)
 
 
