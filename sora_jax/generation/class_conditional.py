@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, NumpyArray, PyTree
+from sora_jax.components import CodecComponent, Components, warn_of_difference
 from sora_jax.config import MeshConfig
 from sora_jax.diffusion.gaussian import Levels, Prediction, discrete_levels
 from sora_jax.diffusion.guidance import classifier_free
@@ -43,6 +44,7 @@ from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import load
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig
 from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.weights import weights_fingerprint
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.parallel.rules import batch_sharding, replicated
 from sora_jax.pixels import check_steps

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
+from sora_jax.components import Components, TextEncoderComponent, warn_of_difference
 from sora_jax.config import MeshConfig
 from sora_jax.diffusion.gaussian import flow_levels
 from sora_jax.diffusion.guidance import classifier_free
