@@ -328,7 +328,7 @@ def test_loader_errors(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: UNetConfig: unknown key 'depth'"):
         read_model(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+    with pytest.raises(ValueError, match="name one of them: source"):
         read_model(tmp_path)
 
 
