@@ -55,7 +55,7 @@ def test_components_come_along_and_another_text_encoder_is_told(main, tmp_path):
     assert main(["export", "--source", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     assert load(tmp_path / "out").components == components
     words = r"out was trained with the text encoder all-MiniLM-L6-v2 of fingerprint f00d, and the one here is"
-    with pytest.warns(ComponentWarning, match=words), pytest.raises(ValueError, match="patch.channels must be 3"):
+    with pytest.warns(ComponentWarning, match=words), pytest.raises(ValueError, match=r"patch\.channels must be 3"):
         SoraPipeline.from_pretrained(tmp_path / "out")
 
 
