@@ -93,7 +93,9 @@ def describe(path: epath.PathLike) -> Description:
     if not file.exists():
         if runs := [run.parent.name for run in sorted(path.glob(f"*/{CONFIG_FILE}"))]:
             raise ValueError(f"{path} holds several runs or models, name one of them: {', '.join(runs)}.")
-        raise FileNotFoundError(f"{path} is neither a run nor an exported model: it has no config.json.")
+        raise FileNotFoundError(
+            f"{path} is neither a run, an exported model nor converted weights: it has no config.json."
+        )
     document = read_document(file)
     if document.kind not in {**FAMILIES, **NETWORKS}:
         raise ValueError(

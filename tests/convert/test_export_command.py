@@ -9,8 +9,9 @@ from helpers.models import RUNS, SORA, random_params, read_model
 
 from sora_jax.commands import convert_checkpoint
 from sora_jax.commands.evaluations import classification
+from sora_jax.components import CodecComponent, Components, ComponentWarning, TextEncoderComponent
 from sora_jax.config_json import to_json
-from sora_jax.families.load import export_model, load_codec
+from sora_jax.families.load import export_model, load, load_codec
 from sora_jax.families.sora import SoraTask
 from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.pipeline import SoraPipeline
@@ -46,6 +47,16 @@ def runs(tmp_path_factory):
     shutil.copy(folder / "dit" / "model.safetensors", folder / "weights")
     (folder / "weights" / "config.json").write_text(to_json(RUNS["dit"].model))
     return folder
+
+
+def test_components_come_along_and_another_text_encoder_is_told(main, tmp_path):
+    components = Components(TextEncoderComponent("all-MiniLM-L6-v2", "f00d", 32), CodecComponent("identity"))
+    export_model(tmp_path / "run", SORA, random_params(SORA), components=components)
+    assert main(["export", "--source", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert load(tmp_path / "out").components == components
+    words = r"out was trained with the text encoder all-MiniLM-L6-v2 of fingerprint f00d, and the one here is"
+    with pytest.warns(ComponentWarning, match=words), pytest.raises(ValueError, match=r"patch\.channels must be 3"):
+        SoraPipeline.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", RUNS)
