@@ -19,6 +19,7 @@ from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.autoencoder.codec import IdentityCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE
 from sora_jax.models.dit import DiT, abstract_params, init_params, load_dit
+from sora_jax.patches.patchify import unpatchify
 
 
 def random_params(config=CONFIG):
