@@ -245,7 +245,7 @@ class Generator:
         if draw.null_rows is None:
             return lambda params, x, levels: self.network(params, draw.rows, x, levels)
         # A row and the same without its condition side by side, so that both are on its device.
-        pair = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])  # noqa: E731
+        pair = lambda a, b: jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])  # noqa: E731
         rows = jax.tree.map(pair, draw.rows, draw.null_rows)
         scales = _of_cells(draw.scales, draw.segment_ids)
 
