@@ -247,11 +247,16 @@ def slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", words).strip("-")[:40].strip("-") or "unconditional"
 
 
+def run(options: GenerateOptions) -> None:
+    """Makes what is asked for: images of classes, or clips of prompts."""
+    (generate_classes if options.class_labels else generate_clips)(options)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     try:
         options = tyro.cli(GenerateOptions, args=argv, description=__doc__)
-        (generate_classes if options.class_labels else generate_clips)(options)
+        run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

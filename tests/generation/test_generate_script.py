@@ -29,7 +29,7 @@ def checkpoint(tiny_config, tmp_path_factory):
 
 def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, capsys):
     output = tmp_path / "out"
-    generate.main(
+    generate.run(
         generate.GenerateOptions(
             prompt=("Frog, jumping!", ""),
             num_frames=(3, 1),
@@ -60,7 +60,7 @@ def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, c
 
 def test_images_of_classes_are_written_and_reported(tmp_path, capsys):
     output = tmp_path / "out"
-    generate.main(
+    generate.run(
         generate.GenerateOptions(
             class_labels=(4, 0, 4),
             checkpoint=str(write_latent_model(tmp_path / "dit")),
@@ -103,7 +103,7 @@ def test_bad_options_for_classes_are_named(tmp_path, changes, message):
     model = str(write_pixel_model(tmp_path / "model"))
     options = dict(class_labels=(0,), checkpoint=model, output=str(tmp_path / "out")) | changes
     with pytest.raises(ValueError, match=message):
-        generate.main(generate.GenerateOptions(**options))
+        generate.run(generate.GenerateOptions(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -116,7 +116,7 @@ def test_clips_that_are_not_finite_leave_nothing(checkpoint, tmp_path):
         json=tmp_path / "r.json",
     )
     with pytest.raises(FloatingPointError, match=r"prompt 1 \('frog'\) is NaN or beyond 1e19 from step 1 of 2 on"):
-        generate.main(options)
+        generate.run(options)
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +130,7 @@ def test_prompts_of_a_file_follow_those_of_the_command_line(tmp_path):
 def test_a_prompt_beyond_the_text_budget_is_cut_with_a_warning(checkpoint, tmp_path):
     options = generate.GenerateOptions(prompt=("frog " * 20,), output=str(tmp_path), checkpoint=checkpoint)
     with pytest.warns(UserWarning, match="the caption is cut to 8 tokens .the longest has 22.: 'frog frog"):
-        generate.main(options)
+        generate.run(options)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_bad_options_are_named_and_write_nothing(checkpoint, tmp_path, changes, 
     output = tmp_path / "out"
     options = generate.GenerateOptions(prompt=("frog",), output=str(output), checkpoint=checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
-        generate.main(options)
+        generate.run(options)
     assert not output.exists()
 
 
@@ -159,7 +159,7 @@ def test_where_nothing_can_be_written_is_named_before_the_model_is_loaded(tmp_pa
     (tmp_path / "file").touch()
     options = generate.GenerateOptions(prompt=("frog",), checkpoint="absent", **changes)
     with pytest.raises(ValueError, match=f"--{next(iter(changes))} .* 'file' is a file, not a directory"):
-        generate.main(options)
+        generate.run(options)
 
 
 @pytest.mark.parametrize(
