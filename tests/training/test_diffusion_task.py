@@ -243,7 +243,7 @@ def test_config_round_trips_through_json(config):
         (lambda: GaussianConfig(loss="hybrid"), "loss must be simple or bound where variance is not learned"),
         (lambda: GaussianConfig(variance="learned"), "loss must be hybrid or bound where variance is learned"),
         (lambda: GaussianConfig(learn_betas=True), "learn_betas must be false where loss is not bound"),
-        (lambda: GaussianConfig(log_snr_range=(3, 1)), r"log_snr_range must be \(lowest, highest\)"),
+        (lambda: GaussianConfig(log_snr_range=(3.0, 1.0)), r"log_snr_range must be \(lowest, highest\)"),
         (lambda: BinomialConfig(num_levels=0), "num_levels must be at least 2, got 0"),
         (lambda: dataclasses.replace(ROLL, sample_every=5), "sample_every must be 0 for what is not an image, got 5"),
         (lambda: dataclasses.replace(ROLL, num_seeds=0), "num_seeds must be at least 1, got 0"),
@@ -272,7 +272,7 @@ def test_config_round_trips_through_json(config):
         (lambda: dataclasses.replace(ROLL, seed=-1), "seed must be at least 0, got -1"),
         (lambda: SwissRollConfig(noise=1e-9), "noise must be at least 1e-4 and below 1"),
         (lambda: DeadLeavesConfig(num_images=256), "num_images must be more than an image's 256 pixels"),
-        (lambda: GaussianConfig(log_snr_range=(-8, 60)), "log_snr_range must be"),
+        (lambda: GaussianConfig(log_snr_range=(-8.0, 60.0)), "log_snr_range must be"),
         (
             lambda: dataclasses.replace(ROLL, model=dataclasses.replace(ROLL.model, out_channels=2)),
             "MLPConfig.out_channels must be 4 for such data and such a variance, got 2",
