@@ -339,6 +339,7 @@ class ExperimentConfig:
 
     Attributes:
         kind: of the family, as `config.json` says it.
+        is_study: whether it ends with a report.
         num_steps: optimizer updates.
         seed: of the initialisation and of every draw of noise and time.
         log_every: steps between lines of metrics.
@@ -350,6 +351,7 @@ class ExperimentConfig:
     """
 
     kind: ClassVar[str] = ""
+    is_study: ClassVar[bool] = False
 
     data: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -369,6 +371,11 @@ class ExperimentConfig:
         for field in ("seed", "eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
 
+    @property
+    def process_kind(self) -> str | None:
+        """What makes data noisy: `flow`, `gaussian` or `binomial`; None where nothing does."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(ExperimentConfig):
@@ -378,6 +385,8 @@ class StudyConfig(ExperimentConfig):
         num_seeds: runs, of the seeds `seed`, `seed` + 1 ...; figures are means over them.
         beside: names of other such experiments that are run and reported with this one.
     """
+
+    is_study: ClassVar[bool] = True
 
     num_seeds: int = 1
     beside: tuple[str, ...] = ()

@@ -133,7 +133,7 @@ def parse(argv: list[str]) -> Arguments:
         data = arguments.config.data
         if getattr(data, "path", None) == "" and not getattr(data, "mixture", ()):
             unusable("--data.path is needed, the directory of a prepared data set (experiments/prepare_data.py).")
-        if arguments.json and not isinstance(arguments.config, StudyConfig):
+        if arguments.json and not arguments.config.is_study:
             unusable("--json belongs to --dry-run here; a run writes its figures to WORKDIR/metrics.jsonl.")
     if arguments.json is not None:
         try:
@@ -195,7 +195,7 @@ def run(arguments: Arguments) -> int:
         join_hosts()
     console = rich.console.Console(stderr=True)
     config, workdir = arguments.config, epath.Path(arguments.workdir)
-    if isinstance(config, StudyConfig):
+    if config.is_study:
         return run_study(arguments, console)
     train_one(config, workdir, arguments.init_from, console)
     return 0

@@ -91,6 +91,11 @@ class DiffusionConfig(StudyConfig):
     num_samples: int = 64
     sample_every: int = 0
 
+    @property
+    def process_kind(self) -> str:
+        """What makes data noisy."""
+        return self.process.kind
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check(not self.sample_every or len(self.data.shape) == 3, self, "sample_every", "0 for what is not an image")

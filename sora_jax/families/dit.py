@@ -86,6 +86,11 @@ class ClassConditionalConfig(ExperimentConfig):
     class_dropout: float = 0.1
     sample: ClassSampleConfig = ClassSampleConfig()
 
+    @property
+    def process_kind(self) -> str:
+        """What makes data noisy."""
+        return self.process.kind
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.class_dropout <= 1, self, "class_dropout", "between 0 and 1")

@@ -68,6 +68,16 @@ class SoraConfig(ExperimentConfig):
     flow: FlowConfig = FlowConfig()  # noqa: RUF009
     sample: SampleConfig = SampleConfig()
 
+    @property
+    def text_dim(self) -> int:
+        """Size of a caption token state."""
+        return self.model.text_dim
+
+    @property
+    def process_kind(self) -> str:
+        """What makes data noisy."""
+        return "flow"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         frames = math.ceil(self.data.num_frames[1] / self.patch.size[0])

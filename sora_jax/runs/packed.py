@@ -1,23 +1,92 @@
-"""What all runs on packed rows of a prepared data set need: captions, and splits that exist."""
+"""Runs on packed rows of a prepared data set: what they all need, and a run that needs nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import rich.console
 from etils import epath
+from jax.sharding import Mesh
 
-from sora_jax.components import CodecComponent
+from sora_jax.array_types import PyTree
+from sora_jax.components import CodecComponent, Components, ProcessComponent
 from sora_jax.config import ExperimentConfig, PackedDataConfig
-from sora_jax.data.content import Content
+from sora_jax.data.captions import CaptionTable
+from sora_jax.data.content import Content, check_content, open_data
+from sora_jax.data.identity import data_fingerprints
+from sora_jax.data.pipeline import make_pipeline
+from sora_jax.data.sources import find_dataset
+from sora_jax.families.load import load
+from sora_jax.models.text.minilm import load_text_encoder, text_encoder_component
 from sora_jax.parallel.multihost import first_process_first
 
 C = TypeVar("C", bound=ExperimentConfig)
+
+
+class PackedRun:
+    """A run on packed rows, a `sora_jax.runs.run.Run`; families whose runs need more have a subclass.
+
+    Args:
+        config: of the experiment; where `data.text_length` is above 0 it has a `text_dim`.
+        workdir: of the run.
+        console: for messages.
+
+    Attributes:
+        config: without the held-out splits that the data set lacks.
+        content: of the split that is trained on.
+        data_fingerprints: returns digests of the splits that are read.
+        sample_sheet: None; a subclass that can draw something has a method of this name.
+
+    Raises:
+        ValueError: no data set at `config.data.path`, or one of other channels than the patches.
+    """
+
+    sample_sheet: Any = None
+
+    def __init__(self, config: Any, workdir: epath.Path, console: rich.console.Console) -> None:
+        self.config = without_missing_splits(config, console)
+        self._workdir, self._console = workdir, console
+        self.content = open_data(self.config.data)
+        check_content(self.content, self.config.data, config.patch)
+        self._splits = self.read_splits()
+        self.captions = functools.cache(self._read_captions)  # encoded once all else has been checked
+        self.data_fingerprints = functools.partial(data_fingerprints, self.config.data, self._splits)
+
+    def read_splits(self) -> tuple[str, ...]:
+        """Returns the splits that the run reads."""
+        data = self.config.data
+        return data.split, *(data.eval_splits if self.config.eval_every else ())
+
+    def _read_captions(self) -> Any:
+        """Returns the captions' token states, None where the data leaves the captions out."""
+        data = self.config.data
+        if not data.text_length:
+            return None
+        return caption_table(data, self.config.text_dim, self._splits, self._workdir, self._console)
+
+    def components(self) -> Components:
+        """Returns what the model is trained with."""
+        data, process = self.config.data, self.config.process_kind
+        return Components(
+            text_encoder=text_encoder_component(data.max_caption_tokens) if data.text_length else None,
+            codec=codec_component(self.content),
+            process=None if process is None else ProcessComponent(process),
+        )
+
+    def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
+        """Returns what reads the parameters of a run or an exported model of the same kind."""
+        return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
+
+    def open_batches(self, split: str, training: bool) -> Any:
+        """Opens the pipeline of a split; see `open_pipeline`."""
+        return open_pipeline(self.config, self.captions(), split, training)
 
 
 def open_pipeline(config: Any, captions: Any, split: str, training: bool, alone: bool = False) -> Any:
@@ -25,8 +94,6 @@ def open_pipeline(config: Any, captions: Any, split: str, training: bool, alone:
 
     Each host gets its share of the rows, or all of them where it is `alone`.
     """
-    from sora_jax.data.pipeline import make_pipeline
-
     return make_pipeline(
         config.data,
         config.patch,
@@ -51,11 +118,6 @@ def caption_table(
         ValueError: `text_dim`, the model's, is not the text encoder's, or it reads fewer than `max_caption_tokens`.
         OSError: the table can be written neither beside the data nor in `workdir`.
     """
-    from sora_jax.data.captions import CaptionTable
-    from sora_jax.data.content import open_data
-    from sora_jax.data.sources import find_dataset
-    from sora_jax.models.text.minilm import load_text_encoder
-
     contents = [open_data(data, split) for split in splits]
     stored = [content.captions for content in contents]
     if all(states is not None for states in stored):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -17,10 +16,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sora_jax.array_types import Array, PyTree
-from sora_jax.components import CodecComponent, Components
 from sora_jax.config import MeshConfig
 from sora_jax.data.content import Content, check_content, open_data
-from sora_jax.data.identity import data_fingerprints
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load
 from sora_jax.families.recognition import (
@@ -30,7 +27,6 @@ from sora_jax.families.registry import make_task
 from sora_jax.files import write_whole
 from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
 from sora_jax.models.navit import check_positions
-from sora_jax.models.text.minilm import text_encoder_component
 from sora_jax.models.vit import resize_images
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.patches.positions import grid_positions
@@ -46,66 +42,42 @@ SCORED_ROWS = 16  # at a time
 TIMED_UPDATES = 20
 
 
-class RecognitionRun:
-    """A run on a prepared data set.
-
-    Args:
-        config: of the experiment.
-        workdir: of the run.
-        console: for messages.
+class RecognitionRun(packed.PackedRun):
+    """A run that ends with a report; a `sora_jax.runs.run.Study`. See `PackedRun`.
 
     Attributes:
-        config: without the held-out splits that the data set lacks.
-        data_fingerprints: returns digests of the splits that are read.
-        sample_sheet: None; there is nothing to draw.
         unit: of the report's figures.
         headline: key and name of the figure that the report is about.
 
     Raises:
-        ValueError: no data set at `config.data.path`, classes that are not as many as the model's, or an image that
-            is too large for the model's positions.
+        ValueError: as `PackedRun`, classes that are not as many as the model's, or an image that is too large for the
+            model's positions.
     """
 
-    sample_sheet = None
     unit = ""
 
     def __init__(self, config: RecognitionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
-        self.config = packed.without_missing_splits(config, console)
+        super().__init__(config, workdir, console)
         if not self.config.data.eval_splits:
             asked = ", ".join(config.data.eval_splits) or "nothing"
             raise ValueError(
                 f"data.eval_splits must name a split to score, got {asked}, which {place_of(config.data)} lacks."
             )
         self.headline = make_task(config).headline
-        self._workdir, self._console = workdir, console
-        chosen_on = (config.selection_split,) if config.learning_rates else ()
-        self._splits = tuple(dict.fromkeys((config.data.split, *chosen_on, *self.config.data.eval_splits)))
         for split in self._splits:
             content = open_data(self.config.data, split)
             check_content(content, config.data, config.patch)
             check_source(config, content)
-        self._captions = functools.cache(self._read_captions)
-        self.data_fingerprints = functools.partial(data_fingerprints, self.config.data, self._splits)
+
+    def read_splits(self) -> tuple[str, ...]:
+        """Returns the splits that are trained on, scored and, where there is a grid of learning rates, chosen on."""
+        config = self.config
+        chosen_on = (config.selection_split,) if config.learning_rates else ()
+        return tuple(dict.fromkeys((config.data.split, *chosen_on, *config.data.eval_splits)))
 
     def prepare_report(self) -> None:
         """Reads the captions, on every host at once: where they are encoded, the hosts wait for each other."""
-        self._captions()
-
-    def _read_captions(self) -> Any:
-        """Returns the captions' token states, None where the data leaves the captions out."""
-        if not self.config.data.text_length:
-            return None
-        return packed.caption_table(self.config.data, self.config.text_dim, self._splits, self._workdir, self._console)
-
-    def open_batches(self, split: str, training: bool) -> Any:
-        """Opens the pipeline of a split; see `packed.open_pipeline`."""
-        return packed.open_pipeline(self.config, self._captions(), split, training)
-
-    def components(self) -> Components:
-        """Returns what the model is trained with."""
-        tokens = self.config.data.max_caption_tokens if self.config.data.text_length else None
-        encoder = None if tokens is None else text_encoder_component(tokens)
-        return Components(text_encoder=encoder, codec=CodecComponent("identity"))
+        self.captions()
 
     def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what gives the parameters that a new run starts from; see `sora_jax.models.fine_tune.start_from`.
@@ -115,7 +87,7 @@ class RecognitionRun:
                 for another one.
         """
         if self.config.data.label == "none":  # it starts from another of its own kind
-            return lambda mesh: load(path, mesh, kinds=(self.config.kind,)).params
+            return super().initial_params(path)
 
         def params(mesh: Mesh) -> PyTree:
             del mesh  # classes, sizes and kinds of networks are changed on the host
@@ -156,7 +128,7 @@ class RecognitionRun:
 
     def _score(self, params: PyTree, split: str, side: int | None = None) -> Report:
         config, params = at_side(self.config, params, side, split)
-        return score(config, params, split, self._captions())
+        return score(config, params, split, self.captions())
 
     def _costs(self, split: str) -> Report:
         """Returns what the model and its training cost, padding and attention to it included."""
@@ -190,7 +162,7 @@ class RecognitionRun:
         if jax.process_count() > 1:  # the report is one host's; an update is of all
             return {}
         config = self.config
-        with packed.open_pipeline(config, self._captions(), config.data.split, training=True) as batches:
+        with packed.open_pipeline(config, self.captions(), config.data.split, training=True) as batches:
             rows = [next(batches) for _ in range(config.optimizer.accumulation_steps)]
         trainer = Trainer(config)
         step = trainer.step(config)
