@@ -80,8 +80,8 @@ class Multiplied:
         self, denoise: Denoise, x: Array, memory: Any, now: Levels, to: Levels, index: Array, noise: Array
     ) -> tuple[Array, Any]:
         """Draws x at the level `to`; the step onto clean data takes the mean alone."""
-        said, q = denoise(x, now), posterior(now, to)
-        mean = expand(q.xt, x) * x + expand(q.x0, x) * said.x0
+        denoised, q = denoise(x, now), posterior(now, to)
+        mean = expand(q.xt, x) * x + expand(q.x0, x) * denoised.x0
         moved = mean + expand(q.variance, x) * self.log_r_gradient(mean)
         return moved + expand(root(q.variance), x) * noise, ()
 
@@ -105,7 +105,7 @@ def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Lev
         alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
         fresh = noise(level)
         x = jnp.where(mask, alpha * known + sigma * fresh, x)
-        said = denoise(x, level)
-        return said._replace(x0=jnp.where(mask, known, said.x0), noise=jnp.where(mask, fresh, said.noise))
+        denoised = denoise(x, level)
+        return denoised._replace(x0=jnp.where(mask, known, denoised.x0), noise=jnp.where(mask, fresh, denoised.noise))
 
     return wrapped

@@ -120,21 +120,21 @@ def step_term(
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"variance must be small, large or learned, got {variance!r}.")
     xt = corrupt(x0, noise, now.alpha, now.sigma)
-    said, q = denoise(xt, now), posterior(now, to)
+    denoised, q = denoise(xt, now), posterior(now, to)
     last = to.sigma <= 0
     of_last = q.beta if floor is None else floor
     log_q = jnp.log(jnp.maximum(q.variance, SMALLEST_VARIANCE))
     if variance == "learned":
-        log_p = learned_log_variance(said.range, now, to, jnp.where(last, of_last, SMALLEST_VARIANCE))
+        log_p = learned_log_variance(denoised.range, now, to, jnp.where(last, of_last, SMALLEST_VARIANCE))
     else:
         fixed = jnp.where(last, of_last, q.variance if variance == "small" else q.beta)
         log_p = jnp.log(jnp.maximum(fixed, SMALLEST_VARIANCE))
         log_p = jnp.broadcast_to(expand(log_p, x0), x0.shape)
-    means = [expand(q.xt, x0) * xt + expand(q.x0, x0) * x for x in (x0, said.x0)]
+    means = [expand(q.xt, x0) * xt + expand(q.x0, x0) * x for x in (x0, denoised.x0)]
     divergence = gaussian_kl(means[0], expand(log_q, x0), means[1], log_p)
     decoder = discretized_log_likelihood if discrete else gaussian_log_density
     term = jnp.where(expand(last, x0), -decoder(x0, means[1], log_p), divergence)
-    return term, (said.x0 - x0) ** 2
+    return term, (denoised.x0 - x0) ** 2
 
 
 def last_floor(levels: Levels) -> Array | None:

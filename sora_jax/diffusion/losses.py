@@ -183,15 +183,15 @@ def hybrid_error(
         floor: see `sora_jax.diffusion.likelihood.step_term`.
         prediction: whose squared error it is; the paper's is the noise.
     """
-    said: list[Denoised] = []
+    denoised: list[Denoised] = []
 
     def held(x: Array, level: Levels) -> Denoised:
-        said.append(denoise(x, level))
-        return said[0]._replace(x0=jax.lax.stop_gradient(said[0].x0))
+        denoised.append(denoise(x, level))
+        return denoised[0]._replace(x0=jax.lax.stop_gradient(denoised[0].x0))
 
     term, _ = step_term(held, x0, noise, now, to, "learned", discrete, floor)
     told, target = (
         from_x0_and_noise(clean, eps, now.alpha, now.sigma, prediction)
-        for clean, eps in ((said[0].x0, said[0].noise), (x0, noise))
+        for clean, eps in ((denoised[0].x0, denoised[0].noise), (x0, noise))
     )
     return jnp.square(told - target) + share * term

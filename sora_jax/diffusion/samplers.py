@@ -148,13 +148,13 @@ class Ancestral:
         self, denoise: Denoise, x: Array, memory: tuple[()], now: Levels, to: Levels, index: Array, noise: Array
     ) -> tuple[Array, tuple[()]]:
         """Draws x at the level `to`; without noise where that is clean."""
-        said = denoise(x, now)
+        denoised = denoise(x, now)
         q = posterior(now, to)
-        mean = expand(q.xt, x) * x + expand(q.x0, x) * said.x0
+        mean = expand(q.xt, x) * x + expand(q.x0, x) * denoised.x0
         if self.variance == "learned":
-            if said.range is None:
+            if denoised.range is None:
                 raise ValueError("variance 'learned' needs a network that learns its range (denoiser(learned_range)).")
-            std = jnp.exp(learned_log_variance(said.range, now, to) / 2)
+            std = jnp.exp(learned_log_variance(denoised.range, now, to) / 2)
         else:
             std = expand(root(q.variance if self.variance == "small" else q.beta), x)
         return jnp.where(expand(to.sigma, x) > 0, mean + std * noise, mean), ()
@@ -188,12 +188,12 @@ class DDIM:
         self, denoise: Denoise, x: Array, memory: tuple[()], now: Levels, to: Levels, index: Array, noise: Array | None
     ) -> tuple[Array, tuple[()]]:
         """Returns x at the level `to`."""
-        said = denoise(x, now)
+        denoised = denoise(x, now)
         if not self.stochastic:
-            return expand(to.alpha, x) * said.x0 + expand(to.sigma, x) * said.noise, ()
+            return expand(to.alpha, x) * denoised.x0 + expand(to.sigma, x) * denoised.noise, ()
         fresh = self.eta**2 * posterior(now, to).variance
         kept = root(to.sigma**2 - fresh)
-        mean = expand(to.alpha, x) * said.x0 + expand(kept, x) * said.noise
+        mean = expand(to.alpha, x) * denoised.x0 + expand(kept, x) * denoised.noise
         return mean + expand(root(fresh), x) * noise, ()
 
 

@@ -191,7 +191,7 @@ class DiT(nn.Module):
         tokens = jnp.stack([time, label], axis=2).reshape(len(x), -1, c.width).astype(c.dtype)  # (B, 2K, D)
         token_ids = jnp.broadcast_to(jnp.repeat(jnp.arange(1, num_segments + 1), 2), tokens.shape[:2])
 
-        context = Context(segment_ids=segment_ids, condition=condition, level_one_hot=one_hot)
+        context = Context(segment_ids=segment_ids, level_embedding=condition, level_one_hot=one_hot)
         if c.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)
             context = Context(segment_ids=jnp.concatenate([segment_ids, token_ids], axis=1))

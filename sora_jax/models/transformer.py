@@ -41,7 +41,7 @@ class Context(NamedTuple):
         text: (B, M, D), caption tokens.
         text_segment_ids: (B, M), 0 for padding.
         conditioning: (B, J, n, D) float32, n = three for each modulated sublayer, for each of a row's J levels.
-        condition: (B, J, D) float32, what blocks that project it themselves have in its place.
+        level_embedding: (B, J, D) float32, what blocks that project it themselves have in its place.
         level_one_hot: (B, L, J), each token's level.
     """
 
@@ -50,7 +50,7 @@ class Context(NamedTuple):
     text: Float[Array, "batch text_length width"] | None = None
     text_segment_ids: Int[Array, "batch text_length"] | None = None
     conditioning: Float[Array, "batch levels parts width"] | None = None
-    condition: Float[Array, "batch levels width"] | None = None
+    level_embedding: Float[Array, "batch levels width"] | None = None
     level_one_hot: Float[Array, "batch length levels"] | None = None
 
 
@@ -202,7 +202,7 @@ class Block(nn.Module):
             return context.conditioning + self.param("modulation", init, (num_parts, width), jnp.float32)
         zero = self.modulation == "zero_projection"
         layer = dense(num_parts * width, ("width", "modulation"), name="modulation", dtype="float32", zero=zero)
-        return layer(context.condition).reshape(*context.condition.shape[:2], num_parts, width)
+        return layer(context.level_embedding).reshape(*context.level_embedding.shape[:2], num_parts, width)
 
 
 def expand_levels(
