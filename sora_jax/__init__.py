@@ -9,9 +9,9 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-_MODULES = {"SoraPipeline": "generation.pipeline", "load": "families.load"}
+_MODULES = {"DiTPipeline": "generation.dit_pipeline", "SoraPipeline": "generation.pipeline", "load": "families.load"}
 
-__all__ = ["SoraPipeline", "__version__", "load"]
+__all__ = ["DiTPipeline", "SoraPipeline", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
