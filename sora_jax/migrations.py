@@ -29,7 +29,17 @@ def add_kind(values: dict[str, Any]) -> dict[str, Any]:
     """Version 1 to 2: the kind is written, and is no longer told by the keys."""
     trained = "optimizer" in values
     kind = next((kind for kind, key, run in _KINDS_OF_VERSION_1 if key in values and run == trained), None)
-    return values if kind is None else {"kind": kind, **values}
+    return values if kind is None else {"kind": kind, **_with_latents_in_rows(values)}
+
+
+def _with_latents_in_rows(values: dict[str, Any]) -> dict[str, Any]:
+    """Has what a DiT was told of its latents say it as of pictures: one of one size a row, mirrored half the time."""
+    data = values.get("data", {})
+    if "class_dropout" not in values or "sampling" in data or "row_length" not in data:
+        return values
+    size = values.get("model", {}).get("image_size")
+    rows = {"sampling": {"size": size}, "max_segments": 1, "num_bins": 1, "num_shards": 1, "flip": 0.5}
+    return {**values, "data": {**data, **rows}}
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: add_kind}

@@ -134,7 +134,10 @@ class PackedPipeline(Iterator[PackedBatch]):
         """
         missing = [shard for shard in self._shards if str(shard) not in state]
         if missing:
-            raise ValueError(f"the saved place of the data lacks shard {missing[0]}; it has {', '.join(state)}.")
+            raise ValueError(
+                f"the saved place of the data lacks shard {missing[0]}; it has {', '.join(state)}. A run that an older "
+                "version saved in another order of the data starts anew from its parameters (--init-from)."
+            )
         self.close()
         self._states = {shard: state[str(shard)] for shard in self._shards}
         self._restored = True

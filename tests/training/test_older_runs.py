@@ -15,8 +15,9 @@ from helpers.runs import train
 import sora_jax
 from sora_jax.commands.train import train_one
 from sora_jax.components import CodecComponent, Components, TextEncoderComponent, difference
-from sora_jax.config_json import parse, to_json, to_values
+from sora_jax.config_json import from_json, parse, to_json, to_values
 from sora_jax.families import registry
+from sora_jax.families.dit import ClassConditionalConfig
 from sora_jax.families.load import describe, expect
 from sora_jax.families.sora import SoraConfig
 from sora_jax.generation.pipeline import DEFAULT_MODEL
@@ -173,3 +174,12 @@ def test_a_wrong_kind_is_told(older):
     with pytest.raises(ValueError, match=r"is a Sora, not a text encoder or a converted U-Net: generate.py --prompt"):
         expect(describe(older[1]), "minilm", "unet")
     assert to_values(RUNS["vit"])["model"]["kind"] == "vit"
+
+
+def test_latents_that_version_1_read_by_a_config_of_their_own_are_rows_of_one_image():
+    older = json.loads(as_version_1(RUNS["dit"]))
+    older["data"] = {"split": "train", "eval_splits": [], "batch_size": 8, "path": "/there", "row_length": 6}
+    older["data"] |= {"seed": 3, "num_workers": 4}
+    data = from_json(ClassConditionalConfig, json.dumps(older)).data
+    assert data.sampling.size == (4, 6) and (data.max_segments, data.num_bins, data.num_shards) == (1, 1, 1)
+    assert (data.flip, data.path, data.seed, data.batch_size) == (0.5, "/there", 3, 8)
