@@ -286,12 +286,12 @@ def test_250_guided_steps_stay_with_the_reference_to_the_end(tmp_path):
         return out.numpy().transpose(0, 2, 3, 1)
 
     labels = np.array([3, 0])
-    drawn = noises(11, [0, 1], 250, (8, 8, 4))
+    drawn = noises(12, [0, 1], 250, (8, 8, 4))
     expected, rms = official_chain(network, drawn, labels, 5, 1.5, 3, 250)
-    found = ours(labels, seed=11)
+    found = ours(labels, seed=12)
     error = relative_error(found, expected)
     print(f"after 250 steps: RMS {rms[-1]:.2f} (between {rms.min():.2f} and {rms.max():.2f}), error {error:.1e} of it")
-    assert 0.1 < rms.min() and rms.max() < 10 and error < 1e-3
+    assert 0.1 < rms.min() and rms.max() < 5 and error < 1e-3
     # It moves: what another class, and guidance of all channels, end with is far away.
     for other, channels in ((labels[::-1].copy(), 3), (labels, 4)):
         assert relative_error(official_chain(network, drawn, other, 5, 1.5, channels, 250)[0], expected) > 0.5

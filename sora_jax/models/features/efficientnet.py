@@ -87,7 +87,7 @@ class InvertedResidual(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "batch height width in"]) -> Float[Array, "batch height width out"]:
+    def __call__(self, inputs: Float[Array, "batch height width in"]) -> Float[Array, "batch h w out"]:
         """Returns (N, H / stride, W / stride, width)."""
         hidden = inputs.shape[-1] * self.expansion
         x = inputs

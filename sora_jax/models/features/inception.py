@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sora_jax.array_types import Array, Float, Int, PyTree
+from sora_jax.array_types import Array, Float, PyTree, Shaped
 from sora_jax.models.weights import WEIGHTS_FILE, check_shapes, read_params
 
 IMAGE_SIZE = 299
@@ -219,7 +219,7 @@ class BlockE(nn.Module):
 
 
 def prepare(
-    images: Int[Array, "batch height width 3"], convention: Convention = "tensorflow"
+    images: Shaped[Array, "batch height width 3"], convention: Convention = "tensorflow"
 ) -> Float[Array, "batch 299 299 3"]:
     """Returns the network's input, (N, 299, 299, 3) float32.
 
