@@ -334,7 +334,7 @@ def test_the_command_encodes_with_an_autoencoder(script, pictures, vae, tmp_path
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
 
-    fails("no image VAE at", "--vae", str(tmp_path))
+    fails("is neither a run, an exported model nor converted weights", "--vae", str(tmp_path))
     fails("image_size must be a multiple of the autoencoder's strides (2, 2), got 7", "--image-size", "7")
     fails("batch_size must be at least 1, got 0", "--batch-size", "0")
     fails("holds other latents already", "--dtype", "float16")

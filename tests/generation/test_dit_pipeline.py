@@ -232,14 +232,14 @@ def test_a_model_of_pixels_has_its_own_process_and_is_clipped(tmp_path):
 
 
 def test_models_that_are_not_there_or_do_not_fit(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no DiT at .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no run, checkpoint or exported model at .*absent"):
         DiTPipeline.from_pretrained(tmp_path / "absent")
     model, vae = write_latent_model(tmp_path / "dit"), write_autoencoder(tmp_path / "vae")
     (vae / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"vae.config\.json"):
         DiTPipeline.from_pretrained(model, vae)
     (model / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"dit.config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"dit.config\.json"):
         DiTPipeline.from_pretrained(model)
 
 

@@ -99,11 +99,11 @@ def test_a_set_of_another_family_is_resumable_and_says_what_it_is(models, tmp_pa
 
 
 def test_what_makes_no_images_is_told(models, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model at"):
+    with pytest.raises(FileNotFoundError, match="no run, checkpoint or exported model at"):
         open_set(tmp_path / "absent", SetOptions())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(to_json(NETWORK).replace("multipliers", "something"))
-    with pytest.raises(ValueError, match="makes no images; it is nothing that is known"):
+    with pytest.raises(ValueError, match="unknown key 'something'"):
         open_set(tmp_path / "other", SetOptions())
     with pytest.raises(ValueError, match="size must be given for DDPM weights"):
         open_set(models / "ddpm", SetOptions())
