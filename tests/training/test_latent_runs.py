@@ -130,6 +130,7 @@ def caption_table(config, *paths):
     return CaptionTable.build(captions, lambda texts: [np.full((2, dim), len(t) % 5, np.float32) for t in texts])
 
 
+@pytest.mark.slow
 def test_sora_on_a_mixture_of_latents_of_clips_and_stills(paths, codec, tmp_path):
     config = sora(mixture=(MixturePart(paths[0], 3.0), MixturePart(paths[1], 1.0)))
     table = caption_table(config, *paths)
@@ -170,6 +171,7 @@ def test_what_sora_makes_of_latents_is_decoded_to_its_size(paths, codec):
     assert codec.decode(mean * np.float32(codec.scale)).shape == (m.num_frames[1], 4 * m.height[1], 4 * m.width[1], 3)
 
 
+@pytest.mark.slow
 def test_dit_on_latents(paths, tmp_path):
     config = ClassConditionalConfig(
         data=LabelledDataConfig(
