@@ -88,8 +88,8 @@ class DiffusionRun:
         return pictures.sample_sheet(self._task, params)
 
     def selection_score(self) -> float:
-        """Raises NotImplementedError: no grid of learning rates is run."""
-        raise NotImplementedError("an experiment in diffusion has no learning_rates to choose from.")
+        """Raises ValueError: no grid of learning rates is run."""
+        raise ValueError("an experiment in diffusion has no learning_rates to choose from.")
 
     def prepare_report(self) -> None:
         """Does nothing: no host needs another for it."""
