@@ -164,7 +164,7 @@ def test_dead_leaves_stand_beside_their_baselines(tmp_path, monkeypatch):
 
 def test_digits_have_bits_per_dimension_and_a_rate(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(9, 4, 4, 1)).astype(np.uint8)
-    monkeypatch.setattr("sora_jax.data.examples.load_images", lambda *_: (pixels, []))
+    monkeypatch.setattr("sora_jax.data.images.load_images", lambda *_: (pixels, []))
     monkeypatch.setattr("sora_jax.runs.diffusion.data_fingerprints", lambda *_: {"train": "a1"})
     text = IMAGES.format(data="StillsConfig(batch_size=4, size=4, path='data')", discrete=True, sample_every=2)
     (tmp_path / "digits.py").write_text(text)

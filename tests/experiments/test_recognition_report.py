@@ -188,7 +188,7 @@ def test_a_run_begins_with_another_ones_parameters(finished, folder):
     [
         (["three.py"], "num_classes must be the 2 classes of"),
         (["navit.py", "--model.max-grid", "1", "4", "4"], "is larger than NaViTConfig.max_grid 1 x 4 x 4"),
-        (["vit.py", "--init-from", "nowhere"], "no ViT at nowhere"),
+        (["vit.py", "--init-from", "nowhere"], "no run, checkpoint or exported model at nowhere"),
         (["vit.py", "--data.split", "none"], "split 'none' cannot be read"),
     ],
 )
@@ -214,7 +214,7 @@ def test_classify_says_what_it_lacks(finished, folder):
         classify(ClassifyOptions(str(folder / "run")))
     navit = next(path for path in (folder / "run").iterdir() if path.name.startswith("navit_"))
     classify(ClassifyOptions(str(navit), sides=(400,)))  # where nothing is enlarged, nothing is too large
-    with pytest.raises(FileNotFoundError, match="no ViT at nowhere"):
+    with pytest.raises(FileNotFoundError, match="no run, checkpoint or exported model at nowhere"):
         classify(ClassifyOptions("nowhere", data=str(folder / "data")))
 
 

@@ -23,6 +23,7 @@ from sora_jax.models.dit import (
     sincos_positions,
     split_output,
 )
+from sora_jax.parallel.attention import attention_for
 from sora_jax.parallel.rules import param_shardings
 from sora_jax.provenance import flat_names
 
@@ -47,7 +48,7 @@ def random_params(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, params, *row):
-    return DiT(config).apply({"params": params}, *row)
+    return DiT(config, attention_for(config.attention)).apply({"params": params}, *row)
 
 
 @functools.partial(jax.jit, static_argnums=0)

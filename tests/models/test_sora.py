@@ -10,6 +10,7 @@ import pytest
 from flax.core import meta
 
 from sora_jax.models.sora import SORA_SIZES, ModelConfig, SoraTransformer, abstract_params, init_params, param_count
+from sora_jax.parallel.attention import attention_for
 from sora_jax.patches.levels import ASKED, KNOWN, SegmentLevels, one_level
 from sora_jax.patches.rows import Segment, fill_row, stack_rows
 
@@ -17,7 +18,7 @@ PATCH_DIM, TEXT_DIM, MAX_SEGMENTS = 6, 5, 4
 CONFIG = ModelConfig(width=24, depth=2, num_heads=2, mlp_dim=32, text_dim=TEXT_DIM, frequency_dim=16, attention="xla")
 MODELS = {
     "xla": SoraTransformer(CONFIG, PATCH_DIM),
-    "blockwise": SoraTransformer(dataclasses.replace(CONFIG, attention="blockwise"), PATCH_DIM),
+    "blockwise": SoraTransformer(CONFIG, PATCH_DIM, attention_for("blockwise")),
 }
 
 
