@@ -13,7 +13,7 @@ import rich.console
 from sora_jax.commands import process
 from sora_jax.config import DataConfig
 from sora_jax.data.captions import CaptionTable
-from sora_jax.runs.packed import caption_table
+from sora_jax.runs import packed
 
 
 class Encoder:
@@ -40,11 +40,11 @@ def run(tmp_path, monkeypatch):
 
     def table(captions, encoder):
         content = types.SimpleNamespace(metadata=types.SimpleNamespace(captions=captions), captions=None)
-        monkeypatch.setattr("sora_jax.data.sources.find_dataset", lambda path: data)
-        monkeypatch.setattr("sora_jax.data.content.open_data", lambda data, split: content)
-        monkeypatch.setattr("sora_jax.models.text.minilm.load_text_encoder", lambda: encoder)
+        monkeypatch.setattr(packed, "find_dataset", lambda path: data)
+        monkeypatch.setattr(packed, "open_data", lambda data, split: content)
+        monkeypatch.setattr(packed, "load_text_encoder", lambda: encoder)
         console = rich.console.Console(stderr=True)
-        return caption_table(DataConfig(path=str(data)), 3, ("train",), workdir, console)
+        return packed.caption_table(DataConfig(path=str(data)), 3, ("train",), workdir, console)
 
     return table, data, workdir
 
