@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sora_jax.data.transforms import Sample, StoredClip
 
 T = TypeVar("T")
 
@@ -197,51 +202,19 @@ class PackedDataConfig(BatchConfig):
         crop = "none" if self.crop == "none" else "center"
         return dataclasses.replace(self, caption_dropout=0.0, flip=0.0, crop=crop, num_workers=0)
 
+    def draw(self, rng: np.random.Generator, clip: StoredClip, patch: PatchConfig, resizable: bool) -> Sample | str:
+        """Draws what is taken of a clip; a subclass says how.
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig(PackedDataConfig):
-    """Clips of any duration, size and rate, as a generator is trained on them.
+        Args:
+            rng: of this draw.
+            clip: its index, and what it is stored with.
+            patch: gives sizes their multiples.
+            resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
 
-    Attributes:
-        num_frames: (fewest, most) frames of a sample, log-uniform.
-        fps: (lowest, highest) frames a second of a sample, log-uniform; the clip's own rate is never exceeded.
-        long_side: (shortest, longest) long side of a sample in pixels, log-uniform; the aspect is kept. Latents keep
-            the size that they are stored with.
-        still_share: share of samples that are single frames.
-        known_first_share: share of samples whose first latent frame is known, so that the model learns to animate it.
-        free_frames_share: share of samples each of whose latent frames has a noise level of its own, so that the model
-            learns to go on from frames of any level. The rest have one level, and so have stills.
-    """
-
-    eval_splits: tuple[str, ...] = ("unseen", "compositional")
-    num_frames: tuple[int, int] = (1, 24)
-    fps: tuple[float, float] = (6.0, 12.0)
-    long_side: tuple[int, int] = (32, 96)
-    still_share: float = 0.2
-    known_first_share: float = 0.0
-    free_frames_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        tokens = self.max_caption_tokens
-        check(self.text_length >= tokens, self, "text_length", f"at least max_caption_tokens ({tokens})")
-        super().__post_init__()
-        check_range(self, "num_frames", 1)
-        check_range(self, "fps", 1e-3)
-        check_range(self, "long_side", 1)
-        for field in ("still_share", "known_first_share", "free_frames_share"):
-            check(0 <= getattr(self, field) <= 1, self, field, "between 0 and 1")
-        rest = 1 - self.known_first_share
-        check(self.free_frames_share <= rest, self, "free_frames_share", f"at most 1 - known_first_share = {rest:g}")
-        several = self.known_first_share + self.free_frames_share > 0
-        check(not several or self.max_levels is not None, self, "max_levels", "given where clips have several levels")
-
-    @property
-    def how_to_fit(self) -> str:
-        """What to change where no clip fits a row."""
-        return (
-            f"raise data.row_length ({self.row_length}) or data.text_length ({self.text_length}), lower "
-            f"data.num_frames {self.num_frames} or data.long_side {self.long_side}, or set data.oversize to 'resize'."
-        )
+        Returns:
+            The sample, or why there is none, in words.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its clips are sampled.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,14 @@ import pytest
 
 from sora_jax import config as c
 from sora_jax.config_json import from_json, to_json
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SampleConfig, SoraConfig
 from sora_jax.models.sora import ModelConfig
 
 
 def test_json_round_trip_keeps_every_value():
     config = SoraConfig(
-        data=c.DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
+        data=DataConfig(max_clips=64, num_frames=(2, 9), eval_splits=("a",)), patch=c.PatchConfig(size=(1, 4, 2))
     )
     assert from_json(SoraConfig, to_json(config)) == config
 
@@ -72,17 +73,17 @@ def test_a_key_that_an_older_file_lacks_has_its_default():
         (c.PatchConfig, {"size": (1, 0, 2)}, r"PatchConfig.size must be positive \(t, h, w\), got \(1, 0, 2\)\."),
         (ModelConfig, {"num_heads": 3}, r"num_heads must be a divisor of width 256, got 3"),
         (ModelConfig, {"num_heads": 64}, r"num_heads must be such that .* >= 6, got 64"),
-        (c.DataConfig, {"num_frames": (5, 2)}, r"num_frames must be \(lowest, highest\) .* got \(5, 2\)"),
-        (c.DataConfig, {"batch_size": 3}, r"batch_size must be a multiple of num_shards \(2\), got 3"),
-        (c.DataConfig, {"max_levels": 0}, r"max_levels must be None or at least 1, got 0"),
-        (c.DataConfig, {"known_first_share": 0.5}, r"max_levels must be given where clips have several levels"),
+        (DataConfig, {"num_frames": (5, 2)}, r"num_frames must be \(lowest, highest\) .* got \(5, 2\)"),
+        (DataConfig, {"batch_size": 3}, r"batch_size must be a multiple of num_shards \(2\), got 3"),
+        (DataConfig, {"max_levels": 0}, r"max_levels must be None or at least 1, got 0"),
+        (DataConfig, {"known_first_share": 0.5}, r"max_levels must be given where clips have several levels"),
         (
-            c.DataConfig,
+            DataConfig,
             {"known_first_share": 0.5, "free_frames_share": 0.6, "max_levels": 8},
             r"free_frames_share must be at most 1 - known_first_share = 0\.5, got 0\.6",
         ),
-        (c.DataConfig, {"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5"),
-        (c.DataConfig, {"text_length": 8}, r"text_length must be at least max_caption_tokens \(32\), got 8"),
+        (DataConfig, {"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5"),
+        (DataConfig, {"text_length": 8}, r"text_length must be at least max_caption_tokens \(32\), got 8"),
         (c.FlowConfig, {"time_std": 0.0}, r"time_std must be positive"),
         (c.OptimizerConfig, {"ema_decay": 1.0}, r"ema_decay must be at least 0 and below 1, got 1\.0"),
         (c.MeshConfig, {"fsdp": -1}, r"fsdp must be given where data is -1"),

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.config import DataConfig, FlowConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import FlowConfig, OptimizerConfig, PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import Shard, row_budgets

@@ -18,7 +18,8 @@ Patches of 2x8x8 pixels have more values (384) than the model is wide, so it pre
 --storage-dtype int8`), 7.6 MB.
 """
 
-from sora_jax.config import DataConfig, FlowConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import FlowConfig, OptimizerConfig, PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SampleConfig, SoraConfig
 from sora_jax.models.sora import ModelConfig
 

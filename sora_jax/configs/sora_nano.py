@@ -5,7 +5,8 @@
 A CPU is enough.
 """
 
-from sora_jax.config import DataConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import OptimizerConfig, PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 

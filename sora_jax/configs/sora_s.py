@@ -9,7 +9,8 @@ Hardware: TPU v5e-8 or any other eight chips; the batch is split over them and p
 
 import dataclasses
 
-from sora_jax.config import DataConfig, FlowConfig, MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import FlowConfig, MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 

@@ -10,7 +10,8 @@ Hardware: TPU v5e-8. Parameters, optimizer and batch are all split over the eigh
 
 import dataclasses
 
-from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import MeshConfig, OptimizerConfig, PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import SORA_SIZES
 

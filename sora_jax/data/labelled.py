@@ -10,7 +10,15 @@ import numpy as np
 
 from sora_jax.config import PackedDataConfig, PatchConfig, check, check_range
 from sora_jax.data.augment import part_of_aspect_kept, part_of_size
-from sora_jax.data.transforms import TOO_LARGE, TOO_SMALL, Sample, augmented, fit_size, sample_size
+from sora_jax.data.transforms import (
+    TOO_LARGE,
+    TOO_SMALL,
+    Sample,
+    StoredClip,
+    augmented,
+    fit_size,
+    sample_size,
+)
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import TokenDrop, kept_tokens
 
@@ -131,85 +139,78 @@ class LabelledDataConfig(PackedDataConfig):
             sampling = dataclasses.replace(self.sampling, sides=(side, side), token_drop=None)
         return dataclasses.replace(self, sampling=sampling)
 
+    def draw(
+        self, rng: np.random.Generator, clip: StoredClip, patch: PatchConfig, resizable: bool = True
+    ) -> Sample | str:
+        """Draws what is taken of an image or clip.
 
-def draw_labelled_sample(
-    rng: np.random.Generator,
-    clip: int,
-    clip_frames: int,
-    clip_fps: float,
-    height: int,
-    width: int,
-    label: int,
-    data: LabelledDataConfig,
-    patch: PatchConfig,
-    resizable: bool = True,
-) -> Sample | str:
-    """Draws what is taken of an image or clip, as `data` says.
+        Args:
+            rng: of this draw.
+            clip: its index, and what it is stored with.
+            patch: gives sizes their multiples.
+            resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
 
-    Args:
-        rng: of this draw.
-        clip: index of the clip.
-        clip_frames: frames it has.
-        clip_fps: frames a second it is stored with.
-        height: in pixels.
-        width: in pixels.
-        label: its class, -1 for none.
-        data: sampling, labels, and what to do with a sample of more patches than a row.
-        patch: gives sizes their multiples.
-        resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
+        Returns:
+            The sample, or why there is none.
+        """
+        speed_share, start, dropped = rng.random(3)
+        index = int(speed_share * len(self.speeds))
+        speed = self.speeds[index]
+        if self.label == "class" and clip.label < 0:
+            return NO_LABEL
+        label = {"class": clip.label, "speed": index, "none": -1}[self.label]
+        # Seconds from the first frame to the last; a clip that is too short for one speed would tell the others.
+        whole, length = (clip.num_frames - 1) / clip.fps, (self.num_frames - 1) / self.fps
+        needed = length * max(map(abs, self.speeds)) if self.label == "speed" else 0.0
+        if whole + 1e-3 < max(needed, self.min_seconds):
+            return TOO_SHORT
+        room = whole - length * abs(speed)
+        sample = Sample(
+            clip.index,
+            start * max(room, 0.0),
+            self.num_frames,
+            self.fps,
+            clip.height,
+            clip.width,
+            bool(dropped < self.caption_dropout),
+            speed,
+            label,
+        )
+        if self.sampling.one_size:
+            size = self.sampling.size
+            box = part_of_size(rng, clip.height, clip.width, size, self, resizable)
+            if box is None:
+                return OTHER_SIZE
+            sample = dataclasses.replace(sample, height=size[0], width=size[1])
+            if sample.num_tokens(patch) > self.row_length:
+                return TOO_LARGE
+            return augmented(rng, sample, box, self, resizable)
 
-    Returns:
-        The sample, or why there is none.
-    """
-    speed_share, start, dropped = rng.random(3)
-    index = int(speed_share * len(data.speeds))
-    speed = data.speeds[index]
-    if data.label == "class" and label < 0:
-        return NO_LABEL
-    label = {"class": label, "speed": index, "none": -1}[data.label]
-    # Seconds from the first frame to the last; a clip that is too short for one of the speeds would tell the others.
-    whole, length = (clip_frames - 1) / clip_fps, (data.num_frames - 1) / data.fps
-    needed = length * max(map(abs, data.speeds)) if data.label == "speed" else 0.0
-    if whole + 1e-3 < max(needed, data.min_seconds):
-        return TOO_SHORT
-    room = whole - length * abs(speed)
-    sample = Sample(
-        clip, start * max(room, 0.0), data.num_frames, data.fps, height, width, bool(dropped < data.caption_dropout),
-        speed, label,
-    )  # fmt: skip
-    if data.sampling.one_size:
-        size = data.sampling.size
-        box = part_of_size(rng, height, width, size, data, resizable)
+        sampling = self.sampling
+        box = part_of_aspect_kept(rng, clip.height, clip.width, self, patch, resizable)
         if box is None:
-            return OTHER_SIZE
-        sample = dataclasses.replace(sample, height=size[0], width=size[1])
-        if sample.num_tokens(patch) > data.row_length:
-            return TOO_LARGE
-        return augmented(rng, sample, box, data, resizable)
-
-    sampling = data.sampling
-    box = part_of_aspect_kept(rng, height, width, data, patch, resizable)
-    if box is None:
-        return TOO_SMALL
-    size = height, width = (box.height, box.width) if box.height else (height, width)
-    if resizable:
-        try:
-            size = sample_size(rng, height, width, sampling.sides, patch, sampling.mean, sampling.std, sampling.enlarge)
-        except ValueError as error:
-            return str(error).rstrip(".")  # smaller than a patch
-    reduced = num_tokens(data.num_frames, *size, patch.size) > data.row_length
-    if reduced:
-        resize = resizable and data.oversize == "resize"
-        size = fit_size(*size, max(size), patch, data.num_frames, data.row_length) if resize else None
-        if size is None:
-            return TOO_LARGE
-    num_kept = drop_seed = 0
-    if sampling.token_drop is not None:
-        tokens = num_tokens(data.num_frames, *size, patch.size)
-        rate = sampling.token_drop.draw_rate(rng, tokens)
-        drop_seed = int(rng.integers(2**32))
-        num_kept = len(kept_tokens(np.random.default_rng(drop_seed), tokens, rate))
-    sample = dataclasses.replace(
-        sample, height=size[0], width=size[1], num_kept=num_kept, drop_seed=drop_seed, reduced=reduced
-    )
-    return augmented(rng, sample, box, data, resizable)
+            return TOO_SMALL
+        size = height, width = (box.height, box.width) if box.height else (clip.height, clip.width)
+        if resizable:
+            try:
+                size = sample_size(
+                    rng, height, width, sampling.sides, patch, sampling.mean, sampling.std, sampling.enlarge
+                )
+            except ValueError as error:
+                return str(error).rstrip(".")  # smaller than a patch
+        reduced = num_tokens(self.num_frames, *size, patch.size) > self.row_length
+        if reduced:
+            resize = resizable and self.oversize == "resize"
+            size = fit_size(*size, max(size), patch, self.num_frames, self.row_length) if resize else None
+            if size is None:
+                return TOO_LARGE
+        num_kept = drop_seed = 0
+        if sampling.token_drop is not None:
+            tokens = num_tokens(self.num_frames, *size, patch.size)
+            rate = sampling.token_drop.draw_rate(rng, tokens)
+            drop_seed = int(rng.integers(2**32))
+            num_kept = len(kept_tokens(np.random.default_rng(drop_seed), tokens, rate))
+        sample = dataclasses.replace(
+            sample, height=size[0], width=size[1], num_kept=num_kept, drop_seed=drop_seed, reduced=reduced
+        )
+        return augmented(rng, sample, box, self, resizable)

@@ -22,8 +22,7 @@ from sora_jax.array_types import TEXT_DTYPE, NumpyArray, PackedBatch
 from sora_jax.config import PackedDataConfig, PatchConfig
 from sora_jax.data.captions import CaptionStates
 from sora_jax.data.content import Content
-from sora_jax.data.labelled import LabelledDataConfig, draw_labelled_sample
-from sora_jax.data.transforms import Sample, draw_sample, select_clips
+from sora_jax.data.transforms import Sample, StoredClip, select_clips
 from sora_jax.patches.levels import TABLES, num_levels, segment_levels
 from sora_jax.patches.patchify import grid_shape, patchify
 from sora_jax.patches.positions import grid_positions
@@ -128,11 +127,15 @@ class Shard(Iterator[PackedBatch]):
         if len(self._data_of_part) > 1:
             part = bisect.bisect_right(self._content.starts, clip) - 1
         data, resizable = self._data_of_part[part], self._content.resizable
-        clip_of = (clip, int(m.num_frames[clip]), float(m.fps[clip]), int(m.height[clip]), int(m.width[clip]))
-        if isinstance(data, LabelledDataConfig):
-            sample = draw_labelled_sample(rng, *clip_of, int(m.labels[clip]), data, self._patch, resizable)
-        else:
-            sample = draw_sample(rng, *clip_of, data, self._patch, resizable)
+        stored = StoredClip(
+            clip,
+            int(m.num_frames[clip]),
+            float(m.fps[clip]),
+            int(m.height[clip]),
+            int(m.width[clip]),
+            int(m.labels[clip]),
+        )
+        sample = data.draw(rng, stored, self._patch, resizable)
         if isinstance(sample, str):
             return self._leave_out(clip, sample)
         needs = {"patches": np.zeros(sample.num_tokens(self._patch), np.uint8), "sample": sample.to_row()[None]}

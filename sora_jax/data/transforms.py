@@ -1,4 +1,4 @@
-"""How a clip is sampled: its duration, frame rate, size and start, with the aspect kept.
+"""What is taken of a clip: its duration, frame rate, size and start; `captioned` and `labelled` say how it is drawn.
 
 A `Sample` is a plan: it is drawn from metadata alone, and says how many patches the clip will have before any
 frame is decoded.
@@ -8,17 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.array_types import NumpyArray
-from sora_jax.config import DataConfig, PackedDataConfig, PatchConfig
-from sora_jax.data.augment import WHOLE, Box, part_of_aspect_kept
+from sora_jax.config import PackedDataConfig, PatchConfig
+from sora_jax.data.augment import WHOLE, Box
 from sora_jax.patches.patchify import num_tokens
 from sora_jax.patches.token_drop import truncated_normal
 
 TOO_LARGE = "more patches than a row of data.row_length has"
 TOO_SMALL = "smaller than a patch"
+
+
+class StoredClip(NamedTuple):
+    """What a data set says of a clip before any frame is decoded.
+
+    Attributes:
+        index: of the clip in its content.
+        num_frames: frames it has.
+        fps: frames a second it is stored with.
+        height: in pixels, or latent cells.
+        width: in pixels, or latent cells.
+        label: its class, -1 for none.
+    """
+
+    index: int
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    label: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,71 +147,6 @@ def fit_size(
         long_side = min(long_side * math.sqrt(budget / tokens), long_side - 1)
 
 
-def draw_sample(
-    rng: np.random.Generator,
-    clip: int,
-    clip_frames: int,
-    clip_fps: float,
-    height: int,
-    width: int,
-    data: DataConfig,
-    patch: PatchConfig,
-    resizable: bool = True,
-) -> Sample | str:
-    """Draws what is taken of a clip, as `data` says.
-
-    Args:
-        rng: of this draw.
-        clip: index of the clip.
-        clip_frames: frames it has.
-        clip_fps: frames a second it is stored with.
-        height: in pixels.
-        width: in pixels.
-        data: bounds of duration, rate and size, the row's length, and what to do with a sample above it.
-        patch: gives sizes their multiples.
-        resizable: whether it may have another size than it is stored with; else, as of latents, it keeps it, and has
-            fewer frames where it would not fit a row.
-
-    Returns:
-        The sample; or why there is none: it does not fit a row and `data.oversize` is `skip`, or nothing smaller fits.
-    """
-    still, frames, rate, side, start, dropped, table = rng.random(7)
-    fps = min(_log_uniform(rate, *data.fps), clip_fps)
-    if clip_frames == 1 or still < data.still_share:
-        num_frames = 1
-    else:
-        most = max(int(clip_frames / clip_fps * fps), 1)
-        num_frames = min(round(_log_uniform(frames, *data.num_frames)), most)
-    box = part_of_aspect_kept(rng, height, width, data, patch, resizable)
-    if box is None:
-        return TOO_SMALL
-    height, width = (box.height, box.width) if box.height else (height, width)
-    long_side = _log_uniform(side, *data.long_side)
-    size = fit_size(height, width, long_side, patch, num_frames, budget=2**31) if resizable else (height, width)
-    reduced = num_tokens(num_frames, *size, patch.size) > data.row_length
-    if reduced and data.oversize != "resize":
-        return TOO_LARGE
-    if reduced and resizable:
-        size = fit_size(height, width, long_side, patch, num_frames, data.row_length)
-    elif reduced:
-        num_frames = data.row_length // num_tokens(1, *size, patch.size) * patch.size[0]
-    if size is None or not num_frames:
-        return TOO_LARGE
-    last_start = max(clip_frames / clip_fps - num_frames / fps, 0.0)
-    bounds = 1 - data.known_first_share - data.free_frames_share, 1 - data.free_frames_share
-    sample = Sample(
-        clip,
-        start * last_start,
-        num_frames,
-        fps,
-        *size,
-        bool(dropped < data.caption_dropout),
-        table=int(np.searchsorted(bounds, table, side="right")),
-        reduced=reduced,
-    )
-    return augmented(rng, sample, box, data, resizable)
-
-
 def augmented(rng: np.random.Generator, sample: Sample, box: Box, data: PackedDataConfig, resizable: bool) -> Sample:
     """Returns a sample as a part of its picture, flipped or not as `data` says, and with a seed where it needs one.
 
@@ -265,6 +221,6 @@ def select_clips(num_clips: int, max_clips: int | None, seed: int) -> NumpyArray
     return np.sort(np.random.default_rng(seed).permutation(num_clips)[:max_clips])
 
 
-def _log_uniform(u: float, low: float, high: float) -> float:
+def log_uniform(u: float, low: float, high: float) -> float:
     """Maps u in [0, 1) to a number whose logarithm is uniform between those of `low` and `high`."""
     return float(np.exp(np.log(low) + u * (np.log(high) - np.log(low))))

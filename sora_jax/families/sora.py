@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.array_types import Array, Float, Int, PackedBatch, PyTree
-from sora_jax.config import DataConfig, ExperimentConfig, FlowConfig, PatchConfig, check
+from sora_jax.config import ExperimentConfig, FlowConfig, PatchConfig, check
+from sora_jax.data.captioned import DataConfig
 from sora_jax.diffusion import flow
 from sora_jax.diffusion.losses import flow_loss
 from sora_jax.diffusion.process import FlowProcess

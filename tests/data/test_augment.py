@@ -8,12 +8,13 @@ import scipy.stats
 from fake_source import FakeSource
 from PIL import Image
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
 from sora_jax.data.augment import WHOLE, center_box, part_of_size, random_box
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.content import PixelContent
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.data.packing import Shard
-from sora_jax.data.transforms import Sample, draw_sample
+from sora_jax.data.transforms import Sample, StoredClip
 
 PATCH = PatchConfig(size=(1, 8, 8))
 
@@ -113,7 +114,7 @@ def test_a_part_of_a_jpeg_that_is_decoded_small_is_that_part():
 def test_a_sample_of_a_random_part_has_its_aspect():
     data = DataConfig(crop="random", crop_area=(0.2, 0.6), crop_aspect=(0.5, 2.0), flip=0.3, row_length=4096)
     rng = np.random.default_rng(0)
-    samples = [draw_sample(rng, 0, 24, 8.0, 400, 600, data, PATCH) for _ in range(400)]
+    samples = [data.draw(rng, StoredClip(0, 24, 8.0, 400, 600), PATCH) for _ in range(400)]
     assert all(s.crop_top + s.crop_height <= 400 and s.crop_left + s.crop_width <= 600 for s in samples)
     assert all(
         abs(s.height - s.width * s.crop_height / s.crop_width) <= 8 * max(s.crop_height / s.crop_width, 1)
@@ -125,7 +126,7 @@ def test_a_sample_of_a_random_part_has_its_aspect():
 
 def test_without_augmentation_a_draw_is_what_it_was():
     plain, rng = DataConfig(), np.random.default_rng(3)
-    sample = draw_sample(rng, 0, 24, 8.0, 96, 96, plain, PATCH)
+    sample = plain.draw(rng, StoredClip(0, 24, 8.0, 96, 96), PATCH)
     assert not sample.flip and sample.shares(96, 96) is None
     reference = np.random.default_rng(3)
     reference.random(7)

@@ -8,7 +8,8 @@ import pytest
 from latent_sets import SIZES, posteriors, write_latents, write_older_latents
 from rows import assert_equal, take
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import LatentContent, PixelContent, open_content
 from sora_jax.data.identity import data_fingerprints

@@ -12,10 +12,9 @@ from sora_jax.data.labelled import (
     FixedSize,
     LabelledDataConfig,
     NativeSize,
-    draw_labelled_sample,
 )
 from sora_jax.data.pipeline import PackedPipeline, make_pipeline
-from sora_jax.data.transforms import TOO_LARGE, Sample
+from sora_jax.data.transforms import TOO_LARGE, Sample, StoredClip
 from sora_jax.patches.patchify import grid_shape, num_tokens
 from sora_jax.patches.token_drop import BetaDrop, ConstantDrop
 
@@ -40,7 +39,7 @@ SOURCE = Labelled()
 
 
 def draw(data, seed=0, frames=72, height=40, width=80, label=1, patch=PATCH):
-    return draw_labelled_sample(np.random.default_rng(seed), 7, frames, 24.0, height, width, label, data, patch)
+    return data.draw(np.random.default_rng(seed), StoredClip(7, frames, 24.0, height, width, label), patch)
 
 
 def rows(data, repeat=True, captions=None, patch=PATCH):

@@ -9,8 +9,9 @@ import pytest
 from latent_sets import write_latents
 from rows import assert_equal, take
 
-from sora_jax.config import DataConfig, MixturePart, PatchConfig
+from sora_jax.config import MixturePart, PatchConfig
 from sora_jax.config_json import from_json, to_json
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import open_content, open_data
 from sora_jax.data.identity import data_fingerprints

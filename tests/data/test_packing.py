@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from fake_source import FakeSource, caption_table
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import TOO_LONG_CAPTION, Shard
 from sora_jax.patches.levels import KNOWN

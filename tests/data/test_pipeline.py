@@ -12,8 +12,9 @@ import pytest
 from fake_source import FakeSource, caption_table
 from rows import assert_equal, take
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
 from sora_jax.data import packing
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.content import PixelContent
 from sora_jax.data.pipeline import PackedPipeline
 from sora_jax.patches.patchify import num_tokens
@@ -236,7 +237,8 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {folder!r})
 from fake_source import FakeSource, caption_table
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.content import PixelContent
 from sora_jax.data.pipeline import PackedPipeline
 data = DataConfig(row_length=64, num_bins=4, long_side=(16, 16), num_workers=1, prefetch=1)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sora_jax.config import DataConfig, PatchConfig
-from sora_jax.data.transforms import TOO_LARGE, Sample, draw_sample, fit_size, sample_size, select_clips
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
+from sora_jax.data.transforms import TOO_LARGE, Sample, StoredClip, fit_size, sample_size, select_clips
 from sora_jax.patches.patchify import num_tokens
 
 PATCH = PatchConfig(size=(2, 8, 8))
@@ -11,7 +12,7 @@ DATA = DataConfig(num_frames=(2, 24), fps=(6, 12), long_side=(32, 96), row_lengt
 
 
 def draw(seed, data=DATA, frames=72, fps=24.0, height=120, width=90):
-    return draw_sample(np.random.default_rng(seed), 5, frames, fps, height, width, data, PATCH)
+    return data.draw(np.random.default_rng(seed), StoredClip(5, frames, fps, height, width), PATCH)
 
 
 def test_draws_stay_in_their_bounds_and_fill_them():

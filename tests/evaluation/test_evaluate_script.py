@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sora_jax.commands.evaluations import nearest as evaluate
-from sora_jax.config import DataConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.records import ClipMetadata
 from sora_jax.families.sora import SampleConfig, SoraConfig
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import PixelContent
 from sora_jax.data.packing import Shard

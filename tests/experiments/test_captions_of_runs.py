@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from sora_jax.commands import process
-from sora_jax.config import DataConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.runs import packed
 

@@ -115,7 +115,8 @@ def test_help_shows_examples(script, capsys):
 def test_dry_run_of_14_billion_parameters(script, capsys, tmp_path):
     (tmp_path / "large.py").write_text(
         "import dataclasses\n"
-        "from sora_jax.config import DataConfig, MeshConfig, PatchConfig\n"
+        "from sora_jax.config import MeshConfig, PatchConfig\n"
+        "from sora_jax.data.captioned import DataConfig\n"
         "from sora_jax.families.sora import SoraConfig\n"
         "from sora_jax.models.sora import SORA_SIZES\n"
         "def config():\n"
@@ -155,11 +156,11 @@ def test_a_config_file_must_have_a_function_config(script, capsys, tmp_path):
         ("def config()\n    return 3\n", "values.py, line 1: expected ':'."),
         ("import no_such_module\n", "values.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         (
-            "from sora_jax.config import DataConfig\n\ndef config():\n    return DataConfig(bach_size=3)\n",
+            "from sora_jax.data.captioned import DataConfig\n\ndef config():\n    return DataConfig(bach_size=3)\n",
             "values.py, line 4: TypeError: DataConfig.__init__() got an unexpected keyword argument 'bach_size'",
         ),
         (
-            "from sora_jax.config import DataConfig\n\ndef config():\n    return DataConfig(batch_size=0)\n",
+            "from sora_jax.data.captioned import DataConfig\n\ndef config():\n    return DataConfig(batch_size=0)\n",
             "values.py, line 4: ValueError: DataConfig.batch_size must be",
         ),
     ],

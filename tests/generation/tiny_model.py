@@ -4,7 +4,8 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SampleConfig, SoraConfig
 from sora_jax.models.sora import ModelConfig, SoraTransformer, init_params
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 import tiny_recognition
 
-from sora_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from sora_jax.config import MeshConfig, OptimizerConfig
 from sora_jax.configs import load_config
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import SORA_SIZES, ModelConfig
 from sora_jax.parallel import rules

@@ -15,9 +15,10 @@ import pytest
 import tiny_run
 from helpers.runs import train
 
-from sora_jax.config import DataConfig, PatchConfig
+from sora_jax.config import PatchConfig
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.parts import Encoding
+from sora_jax.data.captioned import DataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.pipeline import make_pipeline

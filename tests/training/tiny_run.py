@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from sora_jax.config import DataConfig, OptimizerConfig, PatchConfig
+from sora_jax.config import OptimizerConfig, PatchConfig
+from sora_jax.data.captioned import DataConfig
 from sora_jax.families.registry import make_task
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.sora import ModelConfig
