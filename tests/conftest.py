@@ -1,10 +1,20 @@
-"""Fixtures that several tests share; shapes written in signatures are checked at run time."""
+"""Compilation of the fast tests, and the check of shapes written in signatures at run time."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from helpers.compilation import compile_quickly
 from jaxtyping import install_import_hook
 
 for package in ("patches", "diffusion", "models"):
     install_import_hook(f"sora_jax.{package}", "beartype.beartype")
+
+
+def pytest_configure(config):
+    """The tests of the README spend their time on compiling programs that run for milliseconds.
+
+    The heavier ones (`-m slow`, `-m parity`) compile as users do.
+    """
+    if "not slow" in config.option.markexpr:
+        compile_quickly()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.compilation import on_devices
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "fluent_emoji"
@@ -38,10 +39,8 @@ def test_the_block_for_a_tpu_vm_runs_on_eight_fake_devices(tmp_path):
     (clips / "captions.jsonl").write_text("\n".join(lines))
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     environment = {
-        **os.environ,
+        **on_devices(8),
         "HOME": str(tmp_path),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PATH": os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
     }

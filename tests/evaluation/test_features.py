@@ -7,6 +7,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compilation import on_devices
 from PIL import Image
 
 from sora_jax.evaluation.features import (
@@ -115,10 +116,10 @@ np.savez(sys.argv[2], pool=found.pool, mean=found.moments[""].mean, covariance=f
 """
 
 
-def test_eight_devices_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+def test_eight_devices_change_nothing(tmp_path):
     folder = __file__.rsplit("/", 1)[0]
-    subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, folder, str(tmp_path / "eight.npz")], check=True)
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, folder, str(tmp_path / "eight.npz")]
+    subprocess.run(command, env=on_devices(8), check=True)
     eight = np.load(tmp_path / "eight.npz")
     one = collect_features(extract_features(Colours(), [pictures(0)], batch_size=50))
     np.testing.assert_allclose(eight["pool"], one.pool, rtol=1e-6)

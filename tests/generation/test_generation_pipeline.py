@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from class_models import VAE, random_like
+from helpers.compilation import on_devices
 from tiny_model import WordEncoder, make_config, random_params
 
 import sora_jax.generation
@@ -91,9 +91,8 @@ print("equal")
 
 def test_a_clip_is_the_same_on_several_devices():
     here = str(pathlib.Path(__file__).parent)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ON_DEVICES]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=here, env=on_devices(3))
     assert process.stdout.strip() == "equal", process.stderr
 
 

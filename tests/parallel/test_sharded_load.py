@@ -1,10 +1,10 @@
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+from helpers.compilation import on_devices
 from helpers.models import RUNS, SORA, random_params
 
 from sora_jax.config_json import to_json
@@ -35,8 +35,7 @@ def test_eight_devices_get_their_share_of_what_one_host_reads(tmp_path):
     (tmp_path / "vit" / "config.json").write_text(to_json(RUNS["vit"].model))
     (tmp_path / "vit" / "model.safetensors").write_bytes(tensor_bytes(flat_names(random_params(RUNS["vit"]))))
     paths = [str(tmp_path / name) for name in ("run", "run/checkpoints/3", "float32", "bfloat16", "int8", "vit")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, SCRIPT, *paths], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SCRIPT, *paths], env=on_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = {"devices": [8], "share_of_the_largest": 0.25, "dtypes": ["bfloat16", "float32"]}
     assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(paths, expected)

@@ -1,12 +1,12 @@
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers.compilation import on_devices
 
 SCRIPT = pathlib.Path(__file__).parent / "sharded_losses.py"
 
@@ -14,9 +14,8 @@ SCRIPT = pathlib.Path(__file__).parent / "sharded_losses.py"
 @functools.cache
 def losses(kinds):
     """The losses of some kinds of runs; a process for each tuple of them."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, *kinds], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, *kinds], env=on_devices(8), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,5 @@
 import functools
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from helpers.compilation import on_devices
 
 from sora_jax.training.contrastive import classification_loss, contrastive_loss
 
@@ -128,15 +127,9 @@ print(json.dumps([len(jax.devices()), *(np.asarray(x).tolist() for x in jax.tree
 def test_four_devices_give_the_loss_and_gradients_of_one():
     """Each holds a row, and one of them none that is present."""
     u, v = embeddings()
-    root = str(pathlib.Path(__file__).parent.parent.parent)
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
     text = json.dumps([u.tolist(), v.tolist(), PRESENT.tolist()])
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, input=text, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, env=on_devices(4), input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     devices, *found = json.loads(done.stdout.splitlines()[-1])
     assert devices == 4
