@@ -159,7 +159,7 @@ class DiTCommand:
         source: file in the official layout (the averaged weights of a training checkpoint are taken); or a directory
             with config.json and weights, or with the folder transformer that has them, or that file of weights.
         output: directory to write.
-        num_heads: attention heads of an official file of a size that is not published (it does not tell them).
+        num_heads: attention heads of an official file of a size that is not published (the file does not hold it).
         num_classes: classes of an official file (default: one fewer than its label table has rows, the last of which is
             the null class; as many as rows means that there is none, and no guidance).
         official_frequencies: of a model of diffusers, embed timesteps as the official code does, with which the

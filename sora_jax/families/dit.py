@@ -125,9 +125,9 @@ class ClassConditionalConfig(ExperimentConfig):
     def _check_data(self) -> None:
         """Raises ValueError where the rows are not such that the model takes."""
         data, patch = self.data, self.model.patch_size
-        check(data.label == "class", data, "label", "'class': the class is what the model is told")
+        check(data.label == "class", data, "label", "'class': the class is what the model is conditioned on")
         check(data.num_frames == 1, data, "num_frames", "1: DiT makes images")
-        check(data.text_length == 0, data, "text_length", "0: DiT is told classes, no captions")
+        check(data.text_length == 0, data, "text_length", "0: DiT is conditioned on classes, not on captions")
         if data.sampling.one_size:
             whole = all(side % patch == 0 for side in data.sampling.size)
             check(whole, data.sampling, "size", f"multiples of the patch's {patch}")

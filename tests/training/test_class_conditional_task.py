@@ -195,7 +195,7 @@ def test_config_round_trips_through_json():
         ),
         (
             {"data": dataclasses.replace(CONFIG.data, label="none")},
-            "label must be 'class': the class is what the model is told",
+            "label must be 'class': the class is what the model is conditioned on",
         ),
         (
             {"data": dataclasses.replace(CONFIG.data, sampling=FixedSize((4, 5)))},
