@@ -1,9 +1,12 @@
 """Compilation of the fast tests, and the check of shapes written in signatures at run time."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
+import pytest
 from helpers.compilation import compile_quickly
 from jaxtyping import install_import_hook
 
@@ -18,3 +21,11 @@ def pytest_configure(config):
     """
     if "not slow" in config.option.markexpr:
         compile_quickly()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_file():
+    """Kept to the end, they would take gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
