@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.models.autoencoder.codec import Codec, IdentityCodec, ImageCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
@@ -16,8 +16,7 @@ CLIP = np.random.default_rng(1).uniform(-1, 1, (5, 8, 12, 3)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def params():
-    rng, shapes = np.random.default_rng(0), nn.meta.unbox(abstract_params(ImageVAE(CONFIG)))
-    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.2, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(ImageVAE(CONFIG)), 0.05, 0.2)
 
 
 @pytest.fixture(scope="module")
