@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -9,6 +10,8 @@ import jax
 import pytest
 from helpers.compilation import compile_quickly
 from jaxtyping import install_import_hook
+
+MOST_MEMORY = 1_800_000_000
 
 for package in ("patches", "diffusion", "models"):
     install_import_hook(f"sora_jax.{package}", "beartype.beartype")
@@ -24,8 +27,10 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_end_with_their_file():
-    """Kept to the end, they would take gigabytes."""
+def compiled_programs_are_not_piled_up():
+    """What is compiled would take gigabytes in the end; to free it takes seconds, so not after every file."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    memory = pathlib.Path("/proc/self/statm")
+    if memory.exists() and int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()

@@ -61,17 +61,14 @@ def test_few_functions_serve_all_durations(params, codec):
     assert codec._functions["encode", False]._cache_size() == 3  # one, two and four frames at once
 
 
-def test_devices_and_tiles_change_nothing(params, codec):
-    large = np.random.default_rng(2).uniform(-1, 1, (3, 20, 36, 3)).astype(np.float32)
+def test_tiles_change_nothing(params):
+    large = np.random.default_rng(2).uniform(-1, 1, (1, 20, 36, 3)).astype(np.float32)
     whole = ImageCodec(CONFIG, params, jax.devices()[:1])
     latents = whole.encode(large)
     pixels = whole.decode(latents)
-    for other in (
-        ImageCodec(CONFIG, params, jax.devices()[:2]),
-        ImageCodec(CONFIG, params, jax.devices()[:2], most_pixels=20 * 36 - 1, tile=16),
-    ):
-        np.testing.assert_allclose(other.encode(large), latents, atol=2e-5)
-        np.testing.assert_allclose(other.decode(latents), pixels, atol=2e-4)
+    other = ImageCodec(CONFIG, params, jax.devices()[:1], most_pixels=20 * 36 - 1, tile=16)
+    np.testing.assert_allclose(other.encode(large), latents, atol=2e-5)
+    np.testing.assert_allclose(other.decode(latents), pixels, atol=2e-4)
     assert other._functions["decode", True]._cache_size() == 1
     assert other._functions["decode", False]._cache_size() == 0
 
