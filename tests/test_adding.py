@@ -4,8 +4,7 @@ import importlib
 import pathlib
 import re
 
-import jax
-import numpy as np
+import chex
 import pytest
 
 import sora_jax
@@ -52,7 +51,7 @@ def test_a_new_family_trains_resumes_loads_and_exports(family):
     assert convert_checkpoint.main(["export", "--source", str(whole), "--output", str(out)]) == 0
     loaded, exported = sora_jax.load(whole), sora_jax.load(out)
     assert loaded.kind == exported.kind == "bottleneck" and loaded.config.model.width == 4
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, exported.params)
+    chex.assert_trees_all_equal(loaded.params, exported.params)
     assert loaded.components.codec.kind == "identity"
     with pytest.raises(ValueError, match=r"is a bottleneck, not a Sora: train\.py --init-from takes it"):
         SoraPipeline.from_pretrained(out)

@@ -2,7 +2,7 @@ import json
 import pathlib
 import shutil
 
-import jax
+import chex
 import numpy as np
 import pytest
 from helpers.models import RUNS, SORA, random_params, read_model
@@ -31,7 +31,7 @@ def test_export_halves_a_model(main, tmp_path, capsys):
     assert main(command) == 0
     config, params = read_model(output)
     assert config == SORA
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, read_model(source)[1])
+    chex.assert_trees_all_close(params, read_model(source)[1], rtol=2**-8)
     sizes = json.loads(pathlib.Path(table).read_text())["files"]
     assert sizes == {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
     whole = (tmp_path / "full" / "model.safetensors").stat().st_size
@@ -68,7 +68,7 @@ def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
     config, params = read_model(tmp_path / "out")
     assert "/here" not in (tmp_path / "out" / "config.json").read_text()
     assert (config.model, config.num_steps) == (RUNS[name].model, 6)
-    jax.tree.map(np.testing.assert_array_equal, params, random_params(RUNS[name]))
+    chex.assert_trees_all_equal(params, random_params(RUNS[name]))
 
 
 def test_a_vit_is_written_as_official_files_are(main, runs, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_a_vit_is_written_as_official_files_are(main, runs, tmp_path, capsys):
     model, params = RUNS["vit"].model, random_params(RUNS["vit"])
     assert official["embedding/kernel"].shape == (2, 2, 1, 12)  # (height, width, channels, width of the model)
     np.testing.assert_array_equal(official["head/bias"], params["head"]["bias"])
-    jax.tree.map(np.testing.assert_array_equal, from_npz(official, model), params)
+    chex.assert_trees_all_equal(from_npz(official, model), params)
     assert main(["vit-npz", "--source", str(runs / "vivit"), "--output", out]) == 1
     assert "vivit is a vivit: official .npz files are of ViTs." in capsys.readouterr().err
     assert main(["vit-npz", "--source", str(runs / "sora"), "--output", out]) == 1

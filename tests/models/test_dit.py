@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,7 +244,7 @@ def test_padding_may_be_anything(name, poison):
     clean, dirty = packed(IMAGES), packed(IMAGES, poison)
     dirty[4][clean[4] == -1] = 99
     found, expected = (outputs_and_gradients(config, params, row, weight) for row in (dirty, clean))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_an_image_without_a_timestep_is_not_silent():

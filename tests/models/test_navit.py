@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,9 +112,9 @@ def test_packed_equals_alone(name):
 def test_padding_may_be_anything(name, poison):
     weights = np.array([[0.3, -0.7, 1.1, 0.5]], np.float32)
     clean, dirty = packed(IMAGES[:3]), packed(IMAGES[:3], poison)
-    jax.tree.map(np.testing.assert_array_equal, *(forward(name, PARAMS[name], row) for row in (dirty, clean)))
+    chex.assert_trees_all_equal(*(forward(name, PARAMS[name], row) for row in (dirty, clean)))
     found, expected = (gradients(name, PARAMS[name], row, weights) for row in (dirty, clean))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_an_image_beyond_the_models_segments_is_not_silent():
@@ -167,7 +168,7 @@ def test_permuted_images_permute_outputs():
 
 def test_poisoned_padding_changes_no_bit():
     clean, poisoned = (forward("both", PARAMS["both"], packed(IMAGES[:2], poison)) for poison in (0.0, 1e4))
-    jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+    chex.assert_trees_all_equal(clean, poisoned)
 
 
 def test_a_padded_row_gives_zeros():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,7 @@ def test_padding_may_be_anything(name, poison):
         gradients(name, PARAMS, dirty, other_levels, weight),
         gradients(name, PARAMS, clean, levels, weight),
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_a_row_may_have_fewer_levels_than_clips():
@@ -199,7 +200,7 @@ def test_remat_changes_neither_parameters_nor_gradients(remat):
         return jnp.square(model.apply({"params": params}, *args, batch.text_segment_ids)).sum()
 
     ours, plain = (jax.jit(jax.grad(total), static_argnums=1)(PARAMS, m) for m in (model, MODELS["xla"]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, plain)
+    chex.assert_trees_all_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_stays_near_float32():

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import chex
 import jax
 import numpy as np
 
@@ -14,7 +15,7 @@ mesh = make_mesh(MeshConfig(data=2, fsdp=4))
 found = {}
 for path in sys.argv[1:]:
     whole, shared, half = load(path), load(path, mesh), load(path, mesh, "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, shared.params, whole.params)
+    chex.assert_trees_all_equal(shared.params, whole.params)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), half.params, whole.params)
     leaves = jax.tree.leaves(shared.params)
     split = [leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves]

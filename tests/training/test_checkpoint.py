@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -58,7 +59,7 @@ def write_run(directory, state, losses, keep=2):
 
 
 def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_restores_bitwise_and_only_whole_checkpoints(tmp_path, state):
@@ -207,7 +208,7 @@ def test_export_in_half_the_size(tmp_path, state, dtype, precision):
     assert abs(full - half - 2 * count) < 200  # two bytes a number; the header names the dtypes
     params = read_model(tmp_path / dtype)[1]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=precision, atol=1e-6), params, state.params)
+    chex.assert_trees_all_close(params, state.params, rtol=precision, atol=1e-6)
 
 
 def test_export_of_kernels_in_eight_bits(tmp_path, state):

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_loss_and_gradients_are_those_of_float64():
 def test_chunks_change_neither_loss_nor_gradients(chunk):
     """Five does not divide the twelve pairs."""
     whole, chunked = (value_and_gradients(*embeddings(), 7.0, chunk=c) for c in (None, chunk))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, whole)
+    chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_alike_pairs_give_the_logarithm_of_their_number():
@@ -164,7 +165,7 @@ def test_absent_segments_count_nothing(kind):
         jax.value_and_grad(classification_loss)(*args, PRESENT, kind=kind)
         for args in ((LOGITS, LABELS), (logits, labels))
     )
-    jax.tree.map(np.testing.assert_array_equal, clean, garbled)
+    chex.assert_trees_all_equal(clean, garbled)
     assert not np.asarray(garbled[1])[~PRESENT].any()
     assert classification_loss(LOGITS, LABELS, np.zeros_like(PRESENT), kind=kind) == 0
 

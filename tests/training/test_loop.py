@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -297,7 +298,7 @@ def test_held_out_loss_best_checkpoint_and_sample_sheets(tmp_path, capsys):
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000002.png", "00000005.png"]
     assert "no sample sheet at step 4: the samples are not finite." in capsys.readouterr().err
     np.testing.assert_array_equal(Image.open(tmp_path / "run" / "samples" / "00000002.png"), sheet)
-    jax.tree.map(np.testing.assert_array_equal, seen[-1], read_model(tmp_path / "run")[1])
+    chex.assert_trees_all_equal(seen[-1], read_model(tmp_path / "run")[1])
     best = min(losses, key=losses.get)
     assert best != 5  # at such a learning rate the model gets worse
     assert {int(p.name) for p in (tmp_path / "run" / FOLDER).iterdir()} == {best, 5}
@@ -317,7 +318,7 @@ def test_fine_tuning_starts_from_the_averaged_parameters(straight, tmp_path):
     still = tiny_run.config(num_steps=1, optimizer={"learning_rate": 1e-12, "weight_decay": 0.0})
     train(still, tmp_path / "tuned", tiny_run.opener(still), init_from=lambda mesh: load(reference, mesh).params)
     start, tuned = read_model(reference)[1], read_model(tmp_path / "tuned", averaged=False)[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), start, tuned)
+    chex.assert_trees_all_close(start, tuned, rtol=1e-7, atol=1e-10)
 
     wider = tiny_run.config(model={"mlp_dim": 48})
     with pytest.raises(ValueError, match=r"init_from .* is of another model: blocks\.mlp\.mlp\.fc1\.bias"):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,7 @@ def test_losses_and_gradients_are_bitwise_those_of_zeros(name, garbage):
     clean, dirty = (loss_and_gradient(name)(filled(batch, value)) for value in (0.0, GARBAGE[garbage]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(clean))
     assert any(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(clean[1]))
-    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    chex.assert_trees_all_equal(dirty, clean)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
@@ -104,7 +105,7 @@ def test_a_flow_loss_takes_anything_where_it_does_not_count(prediction):
     told = arrays["output"] if prediction == "velocity" else (arrays["xt"] - arrays["output"]) / arrays["t"][..., None]
     assert float(value) == pytest.approx(np.square(told - target)[mask].mean(), rel=1e-5)
     assert value == clean
-    jax.tree.map(np.testing.assert_array_equal, gradient, clean_gradient)
+    chex.assert_trees_all_equal(gradient, clean_gradient)
 
 
 def test_pairs_and_classes_that_are_absent_may_be_anything():
@@ -122,7 +123,7 @@ def test_pairs_and_classes_that_are_absent_may_be_anything():
 
     dirty = [np.where(present[:, None], a, np.nan) for a in (image, text)]
     for clean, found in zip(*(jax.value_and_grad(losses, (0, 1))(*a) for a in ((image, text), dirty)), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, found, clean)
+        chex.assert_trees_all_equal(found, clean)
     assert np.isfinite(losses(*dirty))
 
 

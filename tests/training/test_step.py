@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,7 +194,7 @@ def test_accumulation_equals_one_big_batch(tiny):
         np.testing.assert_allclose(one_metrics[name], two_metrics[name], rtol=2e-5, err_msg=name)
     # Adam divides by the size of the gradient, which would blow up rounding: compare its first moments.
     first, second = one.opt_state[1][0].mu, two.opt_state[1][0].mu
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), first, second)
+    chex.assert_trees_all_close(first, second, rtol=1e-3, atol=1e-6)
 
 
 def test_non_finite_loss_freezes_the_state_and_names_the_step(tiny):
@@ -209,7 +210,7 @@ def test_non_finite_loss_freezes_the_state_and_names_the_step(tiny):
     assert int(bad.bad_step) == int(after.bad_step) == 2
     assert int(after.step) == 3
     for name in ("params", "ema_params", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(after, name))
+        chex.assert_trees_all_equal(getattr(good, name), getattr(after, name))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, good.params)
     assert any(jax.tree.leaves(moved))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 
@@ -108,5 +109,5 @@ def whole_state(workdir, experiment):
 def assert_same_runs(a, b, experiment):
     """Compares the newest checkpoints of two runs bitwise: parameters, EMA, optimizer, step and place in the data."""
     (state_a, data_a), (state_b, data_b) = whole_state(a, experiment), whole_state(b, experiment)
-    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+    chex.assert_trees_all_equal(state_a, state_b)
     assert data_a == data_b
