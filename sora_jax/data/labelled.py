@@ -38,7 +38,7 @@ class FixedSize:
     """
 
     kind: ClassVar[str] = "fixed_size"
-    one_size: ClassVar[bool] = True
+    one_size: ClassVar[Literal[True]] = True
     size: tuple[int, int] = (224, 224)
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class NativeSize:
     """
 
     kind: ClassVar[str] = "native_size"
-    one_size: ClassVar[bool] = False
+    one_size: ClassVar[Literal[False]] = False
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
     std: float = 1.0

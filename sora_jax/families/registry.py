@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.attention import xla_attention
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.parallel.attention import attention_for
 from sora_jax.training.task import Task
 
@@ -108,9 +108,9 @@ def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str 
         ValueError: a config of a kind that is not registered, or an attention kernel that the platform does not have.
     """
     name = getattr(config.model, "attention", None)  # of the families that can choose
-    kernel = xla_attention
+    kernel: AttentionFn = xla_attention
     if mesh is not None and name is not None:
-        kernel = attention_for(name, mesh, platform, packed=config.data.max_segments > 1)
+        kernel = attention_for(name, mesh, platform, packed=config.data.packs_several)
     return imported(family_of(config).task)(config, kernel)
 
 

@@ -20,9 +20,7 @@ from sora_jax.config import MeshConfig
 from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load
-from sora_jax.families.recognition import (
-    RecognitionConfig,
-)
+from sora_jax.families.recognition import RecognitionConfig
 from sora_jax.families.registry import make_task
 from sora_jax.files import write_whole
 from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
@@ -54,6 +52,7 @@ class RecognitionRun(packed.PackedRun):
             model's positions.
     """
 
+    config: RecognitionConfig
     unit = ""
 
     def __init__(self, config: RecognitionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
