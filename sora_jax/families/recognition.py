@@ -144,7 +144,7 @@ def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: LabelledDataC
     if model.patch is None:
         check(not data.sampling.one_size, data, "sampling", "a NativeSize for NaViT")
         frames = -(-data.num_frames // patch.size[0])
-        tokens = round(frames * data.sampling.sides[1] ** 2 / (patch.size[1] * patch.size[2]))
+        tokens = round(frames * data.sampling.largest_side**2 / (patch.size[1] * patch.size[2]))
         works = f"at least the {tokens} patches of the largest sample where oversize is 'skip'"
         check(data.oversize == "resize" or data.row_length >= tokens, data, "row_length", works)
         return
@@ -231,11 +231,11 @@ class RecognitionTask(abc.ABC, Generic[C]):
         Args:
             totals: sums of `Loss.counts`.
         """
-        one = self.forward_flops_of_one()
-        if one is not None:
-            return totals["examples"] * one
-        counts = {name: totals[name] for name in ("real_tokens", "examples", "self_pairs")}
-        return self.config.model.forward_flops(self.config.patch.dim, **counts)
+        model = self.config.model
+        if model.example_shape is None:
+            counts = {name: totals[name] for name in ("real_tokens", "examples", "self_pairs")}
+            return model.forward_flops(self.config.patch.dim, **counts)
+        return totals["examples"] * _flops_of_one(self.model)
 
     def forward_flops_of_one(self) -> int | None:
         """Returns the operations of a forward pass of one image or clip; None for NaViT, whose sizes differ."""

@@ -234,7 +234,7 @@ def check_source(config: RecognitionConfig, source: Content) -> None:
                 f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
             )
     if model.patch is None:
-        most = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
+        most = cells(config, source, max(config.data.sampling.largest_side, *config.test_sides, 0)).max(axis=0)
         least, largest = config.data.crop_aspect if config.data.crop == "random" else (1.0, 1.0)
         height, width = np.ceil(most * np.sqrt([max(1 / least, 1), max(largest, 1)]))
         frames = math.ceil(config.data.num_frames / config.patch.size[0])

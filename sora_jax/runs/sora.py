@@ -21,6 +21,8 @@ class SoraRun(packed.PackedRun):
         sample_sheet: draws the prompts of `config.sample`; None for a model of latents.
     """
 
+    config: SoraConfig
+
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
         self.sample_sheet = SampleSheet(self.config) if config.patch.channels == RGB else None
