@@ -1,4 +1,4 @@
-"""What a model was trained beside: they stand in its `config.json`, and whoever loads it is told where his are others.
+"""What a model was trained beside: they stand in its `config.json`; loading with others is reported.
 
 What a file does not say is None: it is older than the component, or the model has none.
 """

@@ -1,20 +1,17 @@
-"""Everything that can be configured, as frozen dataclasses.
+"""What every experiment configures, as frozen dataclasses.
 
 A value that cannot work fails at construction with an error that names the field, the value and what is
-allowed. An experiment is an `ExperimentConfig` of some kind (`SoraConfig` here, others beside what they train); its
-JSON stands beside every checkpoint.
+allowed. An experiment is an `ExperimentConfig` of some kind (`sora_jax.families` has them), whose JSON stands beside
+every checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from sora_jax.data.transforms import Sample, StoredClip
 
 T = TypeVar("T")
 
@@ -212,17 +209,17 @@ class PackedDataConfig(BatchConfig):
         crop = "none" if self.crop == "none" else "center"
         return dataclasses.replace(self, caption_dropout=0.0, flip=0.0, crop=crop, num_workers=0)
 
-    def draw(self, rng: np.random.Generator, clip: StoredClip, patch: PatchConfig, resizable: bool) -> Sample | str:
+    def draw(self, rng: np.random.Generator, clip: Any, patch: PatchConfig, resizable: bool) -> Any:
         """Draws what is taken of a clip; a subclass says how.
 
         Args:
             rng: of this draw.
-            clip: its index, and what it is stored with.
+            clip: its index, and what it is stored with (`sora_jax.data.transforms.StoredClip`).
             patch: gives sizes their multiples.
             resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
 
         Returns:
-            The sample, or why there is none, in words.
+            The `sora_jax.data.transforms.Sample`, or why there is none, in words.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how its clips are sampled.")
 

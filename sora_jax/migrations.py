@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# The key that tells a kind from those further down, and whether it is a run's, which has `optimizer` too.
+# The key that distinguishes a kind from those further down, and whether it is a run's, which has `optimizer` too.
 _KINDS_OF_VERSION_1 = (
     ("sora", "flow", True),
     ("dit", "class_dropout", True),
@@ -26,14 +26,14 @@ _KINDS_OF_VERSION_1 = (
 
 
 def add_kind(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 to 2: the kind is written, and is no longer told by the keys."""
+    """Version 1 to 2: the kind is written, and is no longer inferred from the keys."""
     trained = "optimizer" in values
     kind = next((kind for kind, key, run in _KINDS_OF_VERSION_1 if key in values and run == trained), None)
     return values if kind is None else {"kind": kind, **_with_latents_in_rows(values)}
 
 
 def _with_latents_in_rows(values: dict[str, Any]) -> dict[str, Any]:
-    """Has what a DiT was told of its latents say it as of pictures: one of one size a row, mirrored half the time."""
+    """Writes how a DiT read its latents as pictures are read: one of one size a row, mirrored half the time."""
     data = values.get("data", {})
     if "class_dropout" not in values or "sampling" in data or "row_length" not in data:
         return values

@@ -10,6 +10,9 @@ import numpy as np
 
 from sora_jax.array_types import Float, NumpyArray
 
+RGB = 3
+"""Channels of a pixel."""
+
 
 def to_pixels(values: Float[np.ndarray, "*shape"], what: str = "the samples") -> NumpyArray:
     """Returns values in [-1, 1] as uint8 pixels; what lies outside is clipped.

@@ -127,11 +127,11 @@ def mixture_rows(options: SamplersOptions) -> list[dict[str, Any]]:
 
 def sample_mixture(sampler: Sampler, num_steps: int, options: SamplersOptions) -> np.ndarray:
     """Returns (num_points, 2) samples of the mixture."""
-    process, told = FlowProcess(FlowConfig()), mixture_denoiser(WEIGHTS, MEANS, STD)
+    process, denoise = FlowProcess(FlowConfig()), mixture_denoiser(WEIGHTS, MEANS, STD)
 
     def velocity(params: tuple[()], rows: tuple[()], x: jax.Array, t: jax.Array) -> jax.Array:
-        said = told(x, flow_levels(t))
-        return said.noise - said.x0
+        predicted = denoise(x, flow_levels(t))
+        return predicted.noise - predicted.x0
 
     generator = Generator(velocity, process, (), jax.local_devices()[:1])
     draw = plain_draw((2,), process.ladder(num_steps), sample_seeds(options.seed, np.arange(options.num_points)))

@@ -13,6 +13,7 @@ Examples:
         --output models/inception
     python experiments/convert_checkpoint.py export --source runs/sora_emoji --output models/sora_emoji \
         --storage-dtype bfloat16
+    python experiments/convert_checkpoint.py vit-npz --source runs/vit --output models/vit_for_timm
 
 Each subcommand has its own --help.
 """
@@ -21,12 +22,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import tyro
 from etils import epath
 from rich.console import Console
@@ -38,7 +41,7 @@ from sora_jax.convert.dit import convert_dit
 from sora_jax.convert.inception import convert_inception
 from sora_jax.convert.minilm import convert_minilm
 from sora_jax.convert.sd_vae import convert_sd_vae
-from sora_jax.convert.vit import convert_vit
+from sora_jax.convert.vit import convert_vit, to_npz
 from sora_jax.convert.vivit import convert_vivit
 from sora_jax.families.load import export_model, load
 from sora_jax.families.registry import FAMILIES
@@ -46,8 +49,26 @@ from sora_jax.files import check_writable, write_whole
 from sora_jax.training.checkpoint import FOLDER
 
 
+class _Files:
+    """A command that writes files which it makes of `source` into the directory `output`."""
+
+    source: str
+    output: str
+
+    def files(self) -> dict[str, bytes]:
+        """Returns what is written, by its name."""
+        raise NotImplementedError
+
+    def run(self) -> dict[str, Any]:
+        """Writes the files and returns the size of each."""
+        files = self.files()
+        for name, data in files.items():
+            write_whole(epath.Path(self.output) / name, data)
+        return {"output": self.output, "files": {name: len(data) for name, data in files.items()}}
+
+
 @dataclasses.dataclass(frozen=True)
-class MiniLMCommand:
+class MiniLMCommand(_Files):
     """all-MiniLM-L6-v2's encoder and tokenizer, matrices quantised, as `load_text_encoder` reads them.
 
     Attributes:
@@ -60,16 +81,14 @@ class MiniLMCommand:
     output: str
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the encoder with its licence and returns the size of each file."""
-        files = convert_minilm(self.source)
+    def files(self) -> dict[str, bytes]:
+        """Returns the encoder with its licence."""
         ours = epath.resource_path("sora_jax") / "assets" / "minilm"
-        files |= {name: (ours / name).read_bytes() for name in ("LICENSE", "NOTICE")}
-        return write_files(epath.Path(self.output), files)
+        return convert_minilm(self.source) | {name: (ours / name).read_bytes() for name in ("LICENSE", "NOTICE")}
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPMCommand:
+class DDPMCommand(_Files):
     """A U-Net of DDPM in the layout of diffusers (google/ddpm-cifar10-32 ...).
 
     Attributes:
@@ -84,13 +103,13 @@ class DDPMCommand:
     config: str | None = None
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the model and returns the size of each file."""
-        return write_files(epath.Path(self.output), convert_ddpm(self.source, self.config))
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        return convert_ddpm(self.source, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
-class SDVAECommand:
+class SDVAECommand(_Files):
     """Stable Diffusion's image autoencoder (stabilityai/sd-vae-ft-mse ...).
 
     Attributes:
@@ -106,13 +125,13 @@ class SDVAECommand:
     config: str | None = None
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the model and returns the size of each file."""
-        return write_files(epath.Path(self.output), convert_sd_vae(self.source, self.config))
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        return convert_sd_vae(self.source, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTCommand:
+class ViTCommand(_Files):
     """A ViT, hybrid or not, from an official .npz file or in the layout of transformers or timm.
 
     Attributes:
@@ -127,13 +146,13 @@ class ViTCommand:
     image_size: tuple[int, int] | None = None
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the model and returns the size of each file."""
-        return write_files(epath.Path(self.output), convert_vit(self.source, self.image_size))
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        return convert_vit(self.source, self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViViTCommand:
+class ViViTCommand(_Files):
     """A ViViT (Model 1) in the layout of transformers (google/vivit-b-16x2 ...).
 
     Attributes:
@@ -146,20 +165,20 @@ class ViViTCommand:
     output: str
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the model and returns the size of each file."""
-        return write_files(epath.Path(self.output), convert_vivit(self.source))
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        return convert_vivit(self.source)
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTCommand:
+class DiTCommand(_Files):
     """A DiT from an official .pt file or in the layout of diffusers (facebook/DiT-XL-2-256 ...).
 
     Attributes:
         source: file in the official layout (the averaged weights of a training checkpoint are taken); or a directory
             with config.json and weights, or with the folder transformer that has them, or that file of weights.
         output: directory to write.
-        num_heads: attention heads of an official file of a size that is not published (it does not tell them).
+        num_heads: attention heads of an official file of a size that is not published (the file does not hold it).
         num_classes: classes of an official file (default: one fewer than its label table has rows, the last of which is
             the null class; as many as rows means that there is none, and no guidance).
         official_frequencies: of a model of diffusers, embed timesteps as the official code does, with which the
@@ -174,14 +193,13 @@ class DiTCommand:
     official_frequencies: bool = False
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the model and returns the size of each file."""
-        files = convert_dit(self.source, self.num_heads, self.official_frequencies, self.num_classes)
-        return write_files(epath.Path(self.output), files)
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        return convert_dit(self.source, self.num_heads, self.official_frequencies, self.num_classes)
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionCommand:
+class InceptionCommand(_Files):
     """The network of the Frechet Inception Distance, batch norms folded, for `evaluate.py --inception`.
 
     Attributes:
@@ -194,9 +212,34 @@ class InceptionCommand:
     output: str
     json: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Writes the weights and returns the size of the file."""
-        return write_files(epath.Path(self.output), convert_inception(self.source))
+    def files(self) -> dict[str, bytes]:
+        """Returns the weights."""
+        return convert_inception(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class NpzCommand(_Files):
+    """A ViT that was trained or converted here as the official code writes it, which big_vision and timm read too.
+
+    Attributes:
+        source: run (its newest checkpoint, averaged weights), one checkpoint, an exported or a converted model.
+        output: directory to write model.npz into.
+        json: also write the table to this file.
+    """
+
+    source: str
+    output: str
+    json: str | None = None
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the model."""
+        loaded = load(self.source, kinds=("classification", "vit"))
+        config = loaded.config.model if loaded.trained_here else loaded.config
+        if config.kind != "vit":
+            raise ValueError(f"{self.source} is a {config.kind}: official .npz files are of ViTs.")
+        stream = io.BytesIO()
+        np.savez(stream, **to_npz(loaded.params, config))
+        return {"model.npz": stream.getvalue()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,15 +285,9 @@ COMMANDS = {
     "vivit": ViViTCommand,
     "dit": DiTCommand,
     "inception": InceptionCommand,
+    "vit-npz": NpzCommand,
     "export": ExportCommand,
 }
-
-
-def write_files(directory: epath.Path, files: dict[str, bytes]) -> dict[str, Any]:
-    """Writes files into a directory and returns what `print_table` shows."""
-    for name, data in files.items():
-        write_whole(directory / name, data)
-    return {"output": str(directory), "files": {name: len(data) for name, data in files.items()}}
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ class GenerateOptions:
         prompt: what a clip shows; may be given several times. An empty one gives an unconditional clip.
         prompts_file: a text file with a prompt on each line, after those of `--prompt`; empty lines are left out.
         num_frames: frames; 1 is a picture.
-        height: in pixels, a multiple of the model's patch.
-        width: in pixels, a multiple of the model's patch.
+        height: in pixels, a multiple of the model's patch (of latents, times the autoencoder's stride).
+        width: in pixels, likewise.
         fps: frames a second.
         num_steps: steps of the sampler (DiT: 250).
         guidance_scale: of classifier-free guidance; 1 is none (DiT: 4, and 1 where it has no null class).
@@ -50,7 +50,7 @@ class GenerateOptions:
             `ancestral`, which is DDPM with the variance that was learned).
         output: directory of the files.
         checkpoint: a run directory or an exported model (default: the released model); of a DiT also converted weights.
-        vae: of a DiT of latents, the autoencoder that `convert_checkpoint.py sd-vae` wrote.
+        vae: of a model of latents, the autoencoder that `convert_checkpoint.py sd-vae` wrote.
         scale: whole factor that pixels are enlarged by in the files (default: to a long side of at least 256).
         json: also write the settings, files and times to this file.
     """
@@ -89,7 +89,7 @@ def generate_clips(options: GenerateOptions) -> None:
     check_writable("--output", options.output, directory=True)
     if options.json is not None:
         check_writable("--json", options.json)
-    pipeline = SoraPipeline.from_pretrained(options.checkpoint)
+    pipeline = SoraPipeline.from_pretrained(options.checkpoint, options.vae)
     sample = pipeline.config.sample
     shapes = {
         name: one_or_each(name, getattr(options, name), getattr(sample, name), len(prompts))

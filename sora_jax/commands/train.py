@@ -214,7 +214,7 @@ def run_study(arguments: Arguments, console: rich.console.Console) -> int:
         count = experiment.num_seeds + max(len(getattr(experiment, "learning_rates", ())) - 1, 0)
         runs = f"{name}: {count} x {experiment.num_steps:,} steps"
         console.print(runs if name == arguments.name else f"{runs}, beside it", highlight=False)
-    for experiment in configs.values():  # what one of them lacks is said before any is trained
+    for experiment in configs.values():  # what one of them lacks is reported before any is trained
         make_run(experiment, workdir, console)
     means = {}
     for name, experiment in configs.items():

@@ -21,8 +21,7 @@ from sora_jax.data.latents import LatentSource, latent_report
 from sora_jax.data.records import ClipMetadata
 from sora_jax.data.sources import ClipSource, RecordSource, find_dataset, read_splits, split_spans
 from sora_jax.data.transforms import Sample
-
-RGB = 3  # channels of a decoded clip
+from sora_jax.pixels import RGB
 
 
 class Content(Protocol):

@@ -96,7 +96,7 @@ class LabelledDataConfig(PackedDataConfig):
         num_frames: of a sample; 1 takes a frame of a clip as an image.
         fps: frames a second of a sample.
         speeds: at which clips are played, each as likely as another: 2 takes the frames of twice the time, -1 runs
-            backwards. Positions tell nothing of it.
+            backwards. Positions do not show it.
         min_seconds: clips that are shorter are left out.
         label: `class` of the data set, or the `speed`, by its index in `speeds`; or `none`.
     """
@@ -171,7 +171,7 @@ class LabelledDataConfig(PackedDataConfig):
         if self.label == "class" and clip.label < 0:
             return NO_LABEL
         label = {"class": clip.label, "speed": index, "none": -1}[self.label]
-        # Seconds from the first frame to the last; a clip that is too short for one speed would tell the others.
+        # Seconds from the first frame to the last; a clip that is too short for one speed would give the others away.
         whole, length = (clip.num_frames - 1) / clip.fps, (self.num_frames - 1) / self.fps
         needed = length * max(map(abs, self.speeds)) if self.label == "speed" else 0.0
         if whole + 1e-3 < max(needed, self.min_seconds):

@@ -12,7 +12,8 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -30,6 +31,8 @@ from sora_jax.patches.rows import Segment, fill_row
 from sora_jax.patches.token_drop import kept_tokens
 
 TOO_LONG_CAPTION = "caption of more tokens than data.text_length"
+FEW_CLIPS = 256
+"""Of fewer clips a shard makes the permutations itself: grain's takes 2**16 steps an epoch, however few there are."""
 MOST_MISSES = 10_000
 """Samples in a row that may be left out before an endless shard gives up."""
 
@@ -112,12 +115,9 @@ class Shard(Iterator[PackedBatch]):
             for part, (start, stop) in zip(data.parts, itertools.pairwise(starts), strict=True)
         ]
         if len(of_parts) == 1:
-            return grain.MapDataset.source(of_parts[0]).seed(seed).shuffle().repeat().random_map(draw)
+            return _shuffled(of_parts[0], seed).seed(seed).random_map(draw)
         seeds = np.random.default_rng((data.seed, index)).integers(2**31, size=1 + len(of_parts)).tolist()
-        shuffled = [
-            grain.MapDataset.source(clips).seed(own).shuffle().repeat()
-            for clips, own in zip(of_parts, seeds[1:], strict=True)
-        ]
+        shuffled = [_shuffled(clips, own) for clips, own in zip(of_parts, seeds[1:], strict=True)]
         mixed = grain.MapDataset.mix(shuffled, [part.weight for part in data.parts])
         return mixed.seed(seeds[0]).random_map(draw)
 
@@ -208,6 +208,30 @@ class Shard(Iterator[PackedBatch]):
         """Goes to a place that `get_state` returned."""
         if self._rows is not None:
             self._rows.set_state(state)
+
+
+def _shuffled(clips: list[int], seed: int) -> grain.MapDataset:
+    """Returns clips for ever, in a new order each epoch."""
+    if len(clips) < FEW_CLIPS:
+        return grain.MapDataset.source(_Epochs(clips, seed))
+    return grain.MapDataset.source(clips).seed(seed).shuffle().repeat()
+
+
+class _Epochs(Sequence[int]):
+    """Permutations of a few clips, one after the other, as a sequence without end."""
+
+    def __init__(self, clips: list[int], seed: int) -> None:
+        self._clips, self._seed = np.array(clips), seed
+        self._epoch, self._order = -1, self._clips
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, len(self._clips))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self._seed, epoch)).permutation(self._clips)
+        return int(self._order[place])
 
 
 def _of_part(data: PackedDataConfig, still_share: float | None) -> PackedDataConfig:

@@ -26,7 +26,7 @@ from sora_jax.data.workers import Made, Worker, make_row
 from sora_jax.patches.rows import fill_row, stack_rows
 
 _LOGGER = logging.getLogger(__name__)
-MOST_TOLD = 5  # clips that are named of those left out for one reason
+MOST_REPORTED = 5  # clips that are named of those left out for one reason
 
 
 @dataclasses.dataclass
@@ -192,10 +192,10 @@ class PackedPipeline(Iterator[PackedBatch]):
         stats = self.statistics
         for (name, reason), count in made.skipped.items():
             if (name, reason) not in stats.skipped:
-                told = sum(why == reason for _, why in stats.skipped)
-                if told < MOST_TOLD:
+                reported = sum(why == reason for _, why in stats.skipped)
+                if reported < MOST_REPORTED:
                     _LOGGER.warning("clip %r left out: %s", name, reason)
-                elif told == MOST_TOLD:
+                elif reported == MOST_REPORTED:
                     _LOGGER.warning("more clips left out: %s; they are counted in the end", reason)
             stats.skipped[name, reason] += count
         if made.num_reduced and not stats.num_reduced:

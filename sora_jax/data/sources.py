@@ -116,8 +116,8 @@ class RecordSource:
         if whole(metadata):
             return metadata
         metadata = _UNWRITTEN.get((self.path, split))
-        told = whole(metadata)
-        if not told:
+        kept = whole(metadata)
+        if not kept:
             files = info.file_instructions
             records = open_records(files)
             progress = tqdm(range(len(records)), desc=f"indexing {split}", unit="clip", delay=2.0)
@@ -127,7 +127,7 @@ class RecordSource:
         except OSError as error:
             _UNWRITTEN[self.path, split] = metadata
             reason = error.strerror or error
-            if not told:
+            if not kept:
                 warnings.warn(
                     f"{self.path} takes no index of {split} ({reason}): it is made again at each start.", stacklevel=5
                 )

@@ -84,7 +84,7 @@ def step_term(
     a: Float[Array, ""],
     a_before: Float[Array, ""],
 ) -> tuple[Array, Array]:
-    """Returns L_{t-1} of each bit in nats, with one draw of x_t, and the squared error of the probability told.
+    """Returns L_{t-1} of each bit in nats, with one draw of x_t, and the squared error of the predicted probability.
 
     At step 0 the term is L_0, the coding cost of x_0 itself.
 

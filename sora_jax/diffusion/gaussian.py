@@ -39,7 +39,7 @@ class Levels(NamedTuple):
     """Noise levels, for a sampler from the noisiest to the cleanest.
 
     Attributes:
-        time: what the network is told, a step of discrete diffusion or a flow time; one for all or one a level.
+        time: what the network sees of a level, a step of discrete diffusion or a flow time; one for all or one a level.
         alpha: share of the data.
         sigma: standard deviation of the noise.
         unit: `Heun` integrates x / unit, unit > 0: 1 for x itself, alpha for EDM's ODE d x / d (sigma / alpha) = eps.
@@ -56,7 +56,7 @@ def discrete_levels(betas: Float[np.ndarray, " steps"], steps: Shaped[np.ndarray
 
     Args:
         betas: of the process (of the respaced one, where steps are left out).
-        steps: what the network is told at each, in the order of `betas` (default: 0 ... T - 1).
+        steps: what the network is conditioned on at each, in the order of `betas` (default: 0 ... T - 1).
 
     Returns:
         Levels of shape (T + 1,), falling to alpha = 1 and sigma = 0, where no network is asked.
@@ -102,8 +102,8 @@ def to_x0_and_noise(
 ) -> tuple[Array, Array]:
     """Returns the clean data and the noise that a prediction stands for (equations 1 and 6).
 
-    Where an `x0` is told of what has no noise (sigma = 0), the noise is given as 0. Where `noise` or a `score` is told
-    of what is nothing but noise (alpha = 0), the data cannot be told and is not finite.
+    Where an `x0` is predicted and there is no noise (sigma = 0), the noise is given as 0. Where `noise` or a `score` is
+    predicted and there is nothing but noise (alpha = 0), the data cannot be recovered and is not finite.
 
     Args:
         output: what the network put out.

@@ -89,9 +89,9 @@ class Multiplied:
 def inpainting(denoise: Denoise, known: Array, mask: Array, noise: Callable[[Levels], Array]) -> Denoise:
     """Returns a denoise function around known values: r(x) is a delta there (arXiv:1503.03585, section 2.5.3).
 
-    What is known is put into the state at its noise level before the network sees it, and is told as clean, so any
-    sampler ends with it. The rest sees it through noise alone, so it follows it less than the true conditional does;
-    a network trained with clean patches beside noisy ones (`SoraTransformer`) has no need of this.
+    What is known is put into the state at its noise level before the network sees it, and is returned as the
+    prediction, so any sampler ends with it. The rest sees it through noise alone, so it follows it less than the true
+    conditional does; a network trained with clean patches beside noisy ones (`SoraTransformer`) has no need of this.
 
     Args:
         denoise: of the network.

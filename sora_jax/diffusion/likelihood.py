@@ -78,7 +78,7 @@ class BoundTerms(NamedTuple):
     Attributes:
         prior: (B,), L_T.
         steps: (T, B), L_{T-1} ... L_0 in the order of sampling.
-        squared_errors: (T, B), summed over values, of the x_0 (or the probability of a one) told at each level.
+        squared_errors: (T, B), summed over values, of the x_0 (or the probability of a one) predicted at each level.
     """
 
     prior: Float[Array, " batch"]
@@ -101,7 +101,7 @@ def step_term(
     discrete: bool = False,
     floor: Float[Array, ""] | None = None,
 ) -> tuple[Array, Array]:
-    """Returns L_{t-1} (or L_0, where `to` is clean) of each value, in nats, and the squared error of the x_0 told.
+    """Returns L_{t-1} (or L_0, where `to` is clean) of each value, in nats, and the squared error of the x_0 predicted.
 
     Args:
         denoise: of the network.
@@ -219,7 +219,7 @@ class RateDistortion(NamedTuple):
 
     Attributes:
         rate: (T,) bits a value sent so far.
-        distortion: (T,) root mean squared error of the x_0 that the receiver then tells, on a scale of [0, 255].
+        distortion: (T,) root mean squared error of the x_0 that the receiver then predicts, on a scale of [0, 255].
     """
 
     rate: Float[Array, " steps"]
@@ -229,7 +229,7 @@ class RateDistortion(NamedTuple):
 def rate_distortion(terms: BoundTerms, num_values: int) -> RateDistortion:
     """Returns the curve of the mean over examples; values are in [-1, 1].
 
-    To tell x_0 at level t the receiver has x_t, for which L_T ... L_t were sent.
+    To predict x_0 at level t the receiver has x_t, for which L_T ... L_t were sent.
 
     Args:
         terms: of the bound.

@@ -190,8 +190,8 @@ def hybrid_error(
         return denoised[0]._replace(x0=jax.lax.stop_gradient(denoised[0].x0))
 
     term, _ = step_term(held, x0, noise, now, to, "learned", discrete, floor)
-    told, target = (
+    predicted, target = (
         from_x0_and_noise(clean, eps, now.alpha, now.sigma, prediction)
         for clean, eps in ((denoised[0].x0, denoised[0].noise), (x0, noise))
     )
-    return jnp.square(told - target) + share * term
+    return jnp.square(predicted - target) + share * term

@@ -1,6 +1,6 @@
-"""Multi-step samplers, which reach order 2 with one evaluation a step by looking back at what the network told before.
+"""Multi-step samplers, which reach order 2 with one evaluation a step by looking back at earlier predictions.
 
-With lambda = log(alpha / sigma), x_0 as told at the level t, and s the next level:
+With lambda = log(alpha / sigma), x_0 as predicted at the level t, and s the next level:
 
 (1)  x_s = sigma_s / sigma_t x_t + (alpha_s - sigma_s alpha_t / sigma_t) D,  D constant over the step; exact if it is
 (2)  DPM-Solver++(2M)      (1) with D = x_0 + h / (2 h_before) (x_0 - x_0 before),  h = lambda_s - lambda_t
@@ -53,7 +53,7 @@ class Before(NamedTuple):
         x: the state that the step started from.
         alpha: its level's.
         sigma: its level's.
-        x0: the clean data that the network told then, and a step earlier.
+        x0: the clean data that the network predicted then, and a step earlier.
         log_snr: lambda of these two levels.
         steps: int32 of the level's shape, how many were made.
     """
@@ -80,7 +80,7 @@ class Before(NamedTuple):
         )
 
     def then(self, x: Array, x0: Array, now: Levels, to: Levels) -> Before:
-        """Returns the memory after a step from x at the level `now`, where the network told `x0`, to the level `to`."""
+        """Returns the memory after a step from x at the level `now`, where `x0` was predicted, to the level `to`."""
         alpha, sigma = (jnp.asarray(part) for part in (now.alpha, now.sigma))
         after = Before(x, alpha, sigma, (x0, self.x0[0]), (log_snr(now), self.log_snr[0]), self.steps + 1)
         moves = sigma != to.sigma

@@ -72,8 +72,8 @@ class GaussianConfig:
         check(learns or self.loss != "hybrid", self, "loss", "simple or bound where variance is not learned")
         check(not learns or self.loss != "simple", self, "loss", "hybrid or bound where variance is learned")
         check(not self.learn_betas or self.loss == "bound", self, "learn_betas", "false where loss is not bound")
-        told = self.prediction != "noise" and not self.learn_betas
-        check(told or not self.zero_terminal_snr, self, "zero_terminal_snr", "false for noise or learned betas")
+        defined = self.prediction != "noise" and not self.learn_betas
+        check(defined or not self.zero_terminal_snr, self, "zero_terminal_snr", "false for noise or learned betas")
         check(self.min_snr is None or self.min_snr > 0, self, "min_snr", "None or positive")
         check(self.min_snr is None or self.loss == "simple", self, "min_snr", "None where loss is not simple")
 

@@ -1,7 +1,7 @@
 """Samplers: from noise to data along falling noise levels, one scan of one pure step.
 
 A level is (alpha, sigma) with x = alpha x_0 + sigma eps (`sora_jax.diffusion.gaussian`), lambda = log(alpha / sigma).
-With x_0 and eps as the network tells them at the level t, and s the next one:
+With x_0 and eps as the network predicts them at the level t, and s the next one:
 
 (1)  ancestral   x_s ~ q(x_s | x_t, x_0)                                              arXiv:2006.11239, Algorithm 2
 (2)  DDIM        x_s = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps + c z,  c^2 = eta^2 Var q(x_s | x_t, x_0)

@@ -130,8 +130,8 @@ class DiffusionConfig(StudyConfig):
         out = 2 * channels if learns else channels
         check(self.model.out_channels == out, self.model, "out_channels", f"{out} for such data and such a variance")
         steps = self.process.num_levels
-        told = getattr(self.model, "num_steps", steps)  # of networks that know how many there are
-        check(told == steps, self.model, "num_steps", f"the {steps} of process.num_levels")
+        known = getattr(self.model, "num_steps", steps)  # of networks that know how many there are
+        check(known == steps, self.model, "num_steps", f"the {steps} of process.num_levels")
 
 
 def spread_steps(key: jax.Array, rows: Int[Array, " rows"], num_rows: int, num_steps: int) -> Int[Array, " rows"]:

@@ -117,17 +117,16 @@ class ClassConditionalConfig(ExperimentConfig):
         """Whether the model makes pixels, grey or RGB, rather than latents that an autoencoder decodes."""
         return self.model.in_channels in (1, 3) and not self.sample.vae
 
-    @property
-    def sampled_process(self) -> DiscreteProcess:
-        """The process, with the bounds that pixels are clipped to when they are sampled."""
-        return DiscreteProcess(self.process, (-1.0, 1.0) if self.makes_pixels else None)
+    def sampled_process(self, clipped: bool = True) -> DiscreteProcess:
+        """Returns the process, with the bounds that pixels are clipped to when they are sampled, where they may be."""
+        return DiscreteProcess(self.process, (-1.0, 1.0) if self.makes_pixels and clipped else None)
 
     def _check_data(self) -> None:
         """Raises ValueError where the rows are not such that the model takes."""
         data, patch = self.data, self.model.patch_size
-        check(data.label == "class", data, "label", "'class': the class is what the model is told")
+        check(data.label == "class", data, "label", "'class': the class is what the model is conditioned on")
         check(data.num_frames == 1, data, "num_frames", "1: DiT makes images")
-        check(data.text_length == 0, data, "text_length", "0: DiT is told classes, no captions")
+        check(data.text_length == 0, data, "text_length", "0: DiT is conditioned on classes, not on captions")
         if data.sampling.one_size:
             whole = all(side % patch == 0 for side in data.sampling.size)
             check(whole, data.sampling, "size", f"multiples of the patch's {patch}")
@@ -146,7 +145,7 @@ class ClassConditionalTask:
     def __init__(self, config: ClassConditionalConfig, attention_fn: AttentionFn = xla_attention) -> None:
         self.config = config
         self.model = DiT(config.model, attention_fn)
-        self.process = config.sampled_process
+        self.process = config.sampled_process()
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes."""

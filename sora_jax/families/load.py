@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
-from sora_jax.components import UNKNOWN, CodecComponent, Components
+from sora_jax.components import UNKNOWN, CodecComponent, Components, warn_of_difference
 from sora_jax.config import ExperimentConfig
 from sora_jax.config_json import config_of
 from sora_jax.families.registry import FAMILIES, Family, config_class, make_task
@@ -196,6 +196,41 @@ def load_codec(
     found = load(path, kinds=("image_vae",))
     config = found.config if dtype is None else dataclasses.replace(found.config, dtype=dtype)
     return ImageCodec(config, found.params, devices)
+
+
+def codec_of(
+    model: Description,
+    vae: epath.PathLike,
+    channels: int,
+    devices: Sequence[jax.Device] | None = None,
+    pixels: bool = False,
+) -> ImageCodec:
+    """Loads the codec that is to decode the latents which a model makes.
+
+    It warns, by a `ComponentWarning`, where it is another than the model was trained with.
+
+    Args:
+        model: whose latents are decoded.
+        vae: directory of the autoencoder.
+        channels: of the model's latents.
+        devices: that frames are split over (default: all of this host).
+        pixels: whether the model makes pixels, where it is too old to say so itself.
+
+    Raises:
+        FileNotFoundError: a file that is missing.
+        ValueError: files that do not make an autoencoder, a model of pixels, or latents of another number of channels.
+    """
+    trained = model.components.codec
+    if pixels if trained is None else trained.kind == "identity":
+        raise ValueError(f"{model.path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
+    codec = load_codec(vae, devices=devices)
+    if codec.channels != channels:
+        raise ValueError(
+            f"{model.path} makes latents of {channels} channels, and those of the autoencoder {vae} have "
+            f"{codec.channels}."
+        )
+    warn_of_difference(model.components, Components(codec=codec_component(vae, codec)), str(model.path))
+    return codec
 
 
 def codec_component(path: epath.PathLike, codec: ImageCodec) -> CodecComponent:

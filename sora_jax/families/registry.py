@@ -1,4 +1,4 @@
-"""Every family that can be trained, by the kind that its config names: the one place where kinds are told apart.
+"""Every family that can be trained, by the kind that its config names: the one place where kinds are distinguished.
 
 A family is a file here (its config, its task and its network call), its network in `sora_jax.models`, and a line of
 `FAMILIES`. What it needs to be run (data, sample sheets, a report) is a `sora_jax.runs.run.Run`.

@@ -41,6 +41,7 @@ class SampleConfig:
         num_frames, height, width, fps: of the clips; the patch divides height and width.
         num_steps: Euler steps.
         guidance_scale: of classifier-free guidance; 1 is none.
+        vae: directory of the autoencoder that latents are decoded by; without it a model of latents draws no sheet.
     """
 
     prompts: tuple[str, ...] = ("frog", "red heart", "rocket", "tiger face")
@@ -50,6 +51,7 @@ class SampleConfig:
     fps: float = 8.0
     num_steps: int = 20
     guidance_scale: float = 2.0
+    vae: str = ""
 
     def __post_init__(self) -> None:
         for field in ("num_frames", "height", "width", "num_steps"):

@@ -88,7 +88,7 @@ class ClipGenerator:
 
     Args:
         generator: of the family's network.
-        conditioner: gives what it is told of clips.
+        conditioner: gives what it is conditioned on.
         codec: makes clips of what it makes.
         patch: how that is cut into patches.
         tokens_per_batch: most tokens that one device samples at once.

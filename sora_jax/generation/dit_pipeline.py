@@ -21,11 +21,10 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Int, NumpyArray, PyTree
-from sora_jax.components import Components, warn_of_difference
 from sora_jax.config import PatchConfig
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig
 from sora_jax.families.dit import ClassConditionalConfig, network
-from sora_jax.families.load import codec_component, load, load_codec
+from sora_jax.families.load import codec_of, load
 from sora_jax.generation.canvas import ClipRequest
 from sora_jax.generation.clips import ClassConditioner, ClipGenerator
 from sora_jax.generation.generator import Generator, sample_seeds, sampling_mesh
@@ -104,17 +103,7 @@ class DiTPipeline:
         loaded = load(path, averaged=averaged, kinds=("dit", "dit_model"))
         experiment, params = loaded.config if loaded.trained_here else None, loaded.params
         config, pixels = (experiment.model, experiment.makes_pixels) if experiment else (loaded.config, False)
-        codec = None
-        if vae is not None:
-            if pixels:
-                raise ValueError(f"{path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
-            codec = load_codec(vae, devices=devices)
-            if codec.channels != config.in_channels:
-                raise ValueError(
-                    f"{path} makes latents of {config.in_channels} channels and the autoencoder {vae} takes "
-                    f"{codec.channels}."
-                )
-            warn_of_difference(loaded.components, Components(codec=codec_component(vae, codec)), str(path))
+        codec = None if vae is None else codec_of(loaded, vae, config.in_channels, devices, pixels)
         if experiment is None:
             return cls(config, params, codec, devices=devices)
         return cls.of_experiment(experiment, params, codec, devices)
@@ -135,7 +124,7 @@ class DiTPipeline:
             codec: see the class.
             devices: see the class.
         """
-        return cls(config.model, params, codec, config.sampled_process, devices)
+        return cls(config.model, params, codec, config.sampled_process(codec is None), devices)
 
     @property
     def params(self) -> PyTree:

@@ -1,7 +1,7 @@
 """One generator: whatever a family makes goes through its sampler here, on all devices.
 
 A family gives its network call `network(params, rows, x, levels)`, its process, and perhaps a codec. What is sampled is
-a `Draw`: states, what the network is told of them, and the levels they are taken down, which may differ from clip to
+a `Draw`: states, what the network is conditioned on, and the levels they are taken down, which may differ from clip to
 clip and from frame to frame. States are packed rows of clips, or plain examples of one shape.
 
 Noise is drawn from (a clip's or example's own seed, the step), so what one comes out as depends on neither its
@@ -41,7 +41,7 @@ class Draw(NamedTuple):
 
     Attributes:
         x: (N, L, P) or (N, ...) float32, the states at their first levels.
-        rows: what the network is told of them; leaves (N, ...).
+        rows: what the network is conditioned on; leaves (N, ...).
         null_rows: the same without what is guided towards; None for no guidance.
         levels: (S + 1, N, J) or (S + 1, N), the level tables before the first step and after each.
         seeds: (N, K) or (N,) uint32, of the clips or examples.
@@ -85,7 +85,7 @@ def canvas_draw(canvas: Canvas, seeds: Sequence[int], scales: Sequence[float]) -
 
 
 def plain_draw(shape: tuple[int, ...], ladder: Levels, seeds: Int[np.ndarray, " examples"], multiple: int = 1) -> Draw:
-    """Returns the draw of plain examples from noise, of a network that is told nothing but the step.
+    """Returns the draw of plain examples from noise, of a network that is conditioned on the step alone.
 
     Args:
         shape: of an example.
@@ -214,10 +214,10 @@ class Generator:
         first = cell_levels(Levels(*(a[:1] for a in levels)), draw.segment_ids, draw.level_ids)
         state = start(options["sampler"], jnp.asarray(draw.x), first)._replace(index=jnp.int32(first_step))
         state = jax.device_put(state, self._state_shardings)
-        told = jax.device_put(draw._replace(x=None, levels=None, names=None), batch_sharding(self._mesh))
+        conditioning = jax.device_put(draw._replace(x=None, levels=None, names=None), batch_sharding(self._mesh))
 
         def chunk(state: State, levels: Levels) -> State:
-            return self._chunk(self._params, state, levels, told, guided_values, **options)
+            return self._chunk(self._params, state, levels, conditioning, guided_values, **options)
 
         return sample(chunk, state, levels, longest_chunk, report)
 

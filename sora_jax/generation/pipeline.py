@@ -29,7 +29,7 @@ from sora_jax.models.attention import AttentionFn
 from sora_jax.models.autoencoder.codec import Codec, IdentityCodec
 from sora_jax.models.sora import SoraTransformer
 from sora_jax.parallel.attention import attention_for
-from sora_jax.pixels import from_pixels, to_pixels
+from sora_jax.pixels import RGB, from_pixels, to_pixels
 
 DEFAULT_MODEL = epath.Path(__file__).parent.parent / "assets" / "sora_emoji"
 
@@ -67,9 +67,10 @@ class SoraPipeline:
         tokens_per_batch: int = 16_384,
         attention_fn: AttentionFn | None = None,
     ):
-        if codec is None and config.patch.channels != 3:
+        if codec is None and config.patch.channels != RGB:
             raise ValueError(
-                f"patch.channels must be 3 to make RGB pixels, got {config.patch.channels}: latents need their codec."
+                f"patch.channels must be 3 to make RGB pixels, got {config.patch.channels}: latents need their "
+                "autoencoder, vae."
             )
         if text_encoder.dim != config.model.text_dim:
             raise ValueError(
@@ -89,21 +90,34 @@ class SoraPipeline:
         )
 
     @classmethod
-    def from_pretrained(cls, path: str | epath.PathLike | None = None) -> SoraPipeline:
+    def from_pretrained(
+        cls,
+        path: str | epath.PathLike | None = None,
+        vae: str | epath.PathLike | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> SoraPipeline:
         """Loads a run directory or an exported model directory; without `path`, the released default.
 
+        Args:
+            path: of the model.
+            vae: directory of the autoencoder that decodes a model's latents.
+            devices: the rows are split over them (default: all of this host).
+
         Raises:
-            FileNotFoundError: there is no model at `path`.
-            ValueError: the files there do not make a model.
+            FileNotFoundError: there is no model at `path`, or no autoencoder at `vae`.
+            ValueError: the files there do not make a model; a model of latents without `vae`, or of pixels with it, or
+                an autoencoder of another number of channels.
         """
-        from sora_jax.families.load import load
+        from sora_jax.families.load import codec_of, load
         from sora_jax.models.text.minilm import load_text_encoder
 
         loaded = load(DEFAULT_MODEL if path is None else path, kinds=("sora",))
+        channels = loaded.config.patch.channels
+        codec = None if vae is None else codec_of(loaded, vae, channels, devices, pixels=channels == RGB)
         encoder = load_text_encoder()
         component = TextEncoderComponent(encoder.name, encoder.fingerprint, loaded.config.data.max_caption_tokens)
         warn_of_difference(loaded.components, Components(text_encoder=component), str(loaded.path))
-        return cls(loaded.config, loaded.params, encoder)
+        return cls(loaded.config, loaded.params, encoder, codec, devices)
 
     @property
     def params(self) -> PyTree:

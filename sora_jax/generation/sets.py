@@ -192,7 +192,7 @@ class TextSet:
 
 
 class PlainSet:
-    """Images of a network that is told nothing but the step; see `ImageSet`.
+    """Images of a network that is conditioned on the step alone; see `ImageSet`.
 
     Args:
         options: of the set.

@@ -69,7 +69,7 @@ class MLPConfig:
         out_channels: values that are predicted for it.
         width: of the hidden layers.
         depth: number of hidden layers.
-        num_steps: T; the network is told how far through the process a step is.
+        num_steps: T; the network is conditioned on how far through the process a step is.
         time_dim: size of the embedding of the step.
         num_frequencies: Fourier features of the input, each a cosine and a sine (0: none).
         frequency_range: (lowest, highest) of them at the start, in cycles per unit of the input.

@@ -1,4 +1,4 @@
-"""The multi-scale convolution of arXiv:1503.03585 (appendix D.2): small, without attention, told of time by bumps.
+"""The multi-scale convolution of arXiv:1503.03585 (appendix D.2): small, without attention, with time as bumps.
 
 A layer looks at the image at several scales at once and adds up what it sees:
 
@@ -46,7 +46,7 @@ class MultiscaleConfig:
         num_dense: dense layers on each pixel before the readout.
         num_bumps: J of equation 2.
         num_steps: T, over whose steps 0 ... T - 1 the bumps are spread.
-        modulated: the layers are told of time, too.
+        modulated: the layers are conditioned on time, too.
         dtype: of the computation; parameters, time and the readout stay float32.
     """
 

@@ -152,8 +152,8 @@ def caption_table(
             return table.save(places[0])
         except OSError as error:  # read-only, no permission, a quota, a full disk, an object store that refuses
             reason = error.strerror or error
-            told = f"{dataset} takes no table of captions ({reason}): it is kept in {workdir}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            notice = f"{dataset} takes no table of captions ({reason}): it is kept in {workdir}"
+            console.print(notice, highlight=False, markup=False, soft_wrap=True)
             return table.save(places[1])
 
     return first_process_first(find_or_build)

@@ -9,8 +9,10 @@ import rich.console
 from etils import epath
 
 from sora_jax.array_types import PyTree
-from sora_jax.data.content import RGB
+from sora_jax.components import Components
+from sora_jax.families.load import Description, codec_of
 from sora_jax.families.sora import SoraConfig
+from sora_jax.models.autoencoder.codec import Codec
 from sora_jax.runs import packed
 
 
@@ -18,16 +20,24 @@ class SoraRun(packed.PackedRun):
     """A run on a prepared data set of captioned clips; see `PackedRun`.
 
     Attributes:
-        sample_sheet: draws the prompts of `config.sample`; None for a model of latents.
+        sample_sheet: draws the prompts of `config.sample`; None for a model of latents without their autoencoder.
+
+    Raises:
+        ValueError: as `PackedRun`, or an autoencoder of other latents than the data's.
     """
 
     config: SoraConfig
 
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
-        self.sample_sheet = SampleSheet(self.config) if config.patch.channels == RGB else None
+        trained, codec = packed.codec_component(self.content), None
+        if config.sample_every and config.sample.vae:
+            here = Description(workdir, config.kind, config, Components(codec=trained))
+            codec = codec_of(here, config.sample.vae, config.patch.channels)
+        makes_clips = codec is not None or trained.kind == "identity"
+        self.sample_sheet = SampleSheet(self.config, codec) if makes_clips else None
         if self.sample_sheet is None and config.sample_every:
-            console.print("no sample sheets: they are of pixels, and this model makes latents", highlight=False)
+            console.print("no sample sheets: this model makes latents; --sample.vae decodes them", highlight=False)
 
 
 class SampleSheet:
@@ -35,10 +45,11 @@ class SampleSheet:
 
     Args:
         config: of the experiment.
+        codec: decodes what the model makes (None: that is pixels).
     """
 
-    def __init__(self, config: SoraConfig) -> None:
-        self._config = config
+    def __init__(self, config: SoraConfig, codec: Codec | None = None) -> None:
+        self._config, self._codec = config, codec
         self._pipeline: Any = None
 
     def __call__(self, params: PyTree) -> np.ndarray:
@@ -48,7 +59,7 @@ class SampleSheet:
         from sora_jax.models.text.minilm import load_text_encoder
 
         if self._pipeline is None:
-            self._pipeline = SoraPipeline(self._config, params, load_text_encoder())
+            self._pipeline = SoraPipeline(self._config, params, load_text_encoder(), self._codec)
         self._pipeline.params = params
         prompts = self._config.sample.prompts
         return contact_sheet(self._pipeline(prompts), prompts)

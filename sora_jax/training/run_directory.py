@@ -210,7 +210,7 @@ def check_data(
         )
     fingerprints = ", ".join(f"{split} {fingerprint}" for split, fingerprint in found.items())
     if not recorded:
-        moved = f"data.path was {before}, and whether {path} holds the same cannot be told: " if path != before else ""
+        moved = f"data.path was {before}, and whether {path} holds the same is unknown: " if path != before else ""
         return [f"{moved}the run recorded no fingerprint of its data; from now on it is that of {path}: {fingerprints}"]
     if path == before:
         return []

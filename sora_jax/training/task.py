@@ -66,7 +66,7 @@ class Task(Protocol):
         """Returns what the sums of `Loss.counts` say of the model beside its loss, by name: an accuracy, say."""
 
     def figures(self) -> dict[str, int]:
-        """Returns what else is told of the model before it is trained: `num_table_params`, or `forward_macs` of one."""
+        """Returns what else a run shows before it trains the model: `num_table_params`, or `forward_macs` of one."""
 
 
 def packed_batch(data: PackedDataConfig, patch_dim: int, text_dim: int, num_rows: int | None = None) -> PackedBatch:

@@ -11,6 +11,7 @@ from sora_jax.commands import convert_checkpoint
 from sora_jax.commands.evaluations import classification
 from sora_jax.components import CodecComponent, Components, ComponentWarning, TextEncoderComponent
 from sora_jax.config_json import to_json
+from sora_jax.convert.vit import from_npz
 from sora_jax.families.load import export_model, load, load_codec
 from sora_jax.families.sora import SoraTask
 from sora_jax.generation.dit_pipeline import DiTPipeline
@@ -33,6 +34,8 @@ def test_export_halves_a_model(main, tmp_path, capsys):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, read_model(source)[1])
     sizes = json.loads(pathlib.Path(table).read_text())["files"]
     assert sizes == {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
+    whole = (tmp_path / "full" / "model.safetensors").stat().st_size
+    assert 0.45 < sizes["model.safetensors"] / whole < 0.75  # names and shapes are not halved
     assert "model.safetensors" in capsys.readouterr().out
 
 
@@ -66,6 +69,21 @@ def test_every_kind_of_run_is_exported(main, runs, tmp_path, name):
     assert "/here" not in (tmp_path / "out" / "config.json").read_text()
     assert (config.model, config.num_steps) == (RUNS[name].model, 6)
     jax.tree.map(np.testing.assert_array_equal, params, random_params(RUNS[name]))
+
+
+def test_a_vit_is_written_as_official_files_are(main, runs, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["vit-npz", "--source", str(runs / "vit"), "--output", out]) == 0
+    with np.load(tmp_path / "out" / "model.npz") as file:
+        official = dict(file)
+    model, params = RUNS["vit"].model, random_params(RUNS["vit"])
+    assert official["embedding/kernel"].shape == (2, 2, 1, 12)  # (height, width, channels, width of the model)
+    np.testing.assert_array_equal(official["head/bias"], params["head"]["bias"])
+    jax.tree.map(np.testing.assert_array_equal, from_npz(official, model), params)
+    assert main(["vit-npz", "--source", str(runs / "vivit"), "--output", out]) == 1
+    assert "vivit is a vivit: official .npz files are of ViTs." in capsys.readouterr().err
+    assert main(["vit-npz", "--source", str(runs / "sora"), "--output", out]) == 1
+    assert "sora is a Sora, not a classifier (ViT, ViViT or NaViT) or a converted ViT: " in capsys.readouterr().err
 
 
 def classify(path):

@@ -11,6 +11,7 @@ import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
 from helpers.models import read_model
+from helpers.trees import random_tree
 
 from sora_jax.convert.vit import convert_vit, from_npz, npz_config, to_npz
 from sora_jax.convert.vit_hybrid import TIMM_EPSILONS, npz_stem, timm_to_npz
@@ -24,10 +25,7 @@ ROOT = dataclasses.replace(CONFIG, stem=ResNetStemConfig((), width=32), pooling=
 
 
 def random_params(config):
-    """Parameters in which nothing is zero, one or symmetric."""
-    rng = np.random.default_rng(0)
-    shapes = nn.meta.unbox(abstract_params(ViT(config)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(ViT(config)))
 
 
 def official(config):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from flax import linen as nn
+from helpers.trees import random_tree
 from PIL import Image
 
 from sora_jax.commands import prepare_data
@@ -295,9 +295,8 @@ def test_what_cannot_be_encoded_is_named(pictures, tmp_path):
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """(directory, config, params) of a small autoencoder with random weights."""
-    config, rng = ImageVAEConfig(latent_channels=2, widths=(4, 4), num_blocks=1, num_groups=2), np.random.default_rng(0)
-    shapes = nn.meta.unbox(abstract_params(ImageVAE(config)))
-    params = jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+    config = ImageVAEConfig(latent_channels=2, widths=(4, 4), num_blocks=1, num_groups=2)
+    params = random_tree(abstract_params(ImageVAE(config)))
     directory = tmp_path_factory.mktemp("vae")
     (directory / "model.safetensors").write_bytes(tensor_bytes(flat_names(params)))
     (directory / "config.json").write_text(to_json(config))

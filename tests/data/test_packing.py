@@ -1,5 +1,6 @@
 """The plans of a shard: what a row holds, before anything is decoded."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from fake_source import FakeSource, caption_table
 from sora_jax.config import PatchConfig
 from sora_jax.data.captioned import DataConfig
 from sora_jax.data.content import PixelContent
-from sora_jax.data.packing import TOO_LONG_CAPTION, Shard
+from sora_jax.data.packing import FEW_CLIPS, TOO_LONG_CAPTION, Shard
 from sora_jax.patches.levels import KNOWN
 from sora_jax.patches.patchify import num_tokens
 
@@ -89,6 +90,16 @@ def test_shards_share_the_clips_out_and_each_epoch_has_each_clip_once():
         assert clips != sorted(clips)
         owned += clips
     assert sorted(owned) == list(range(len(SOURCE)))
+
+
+@pytest.mark.parametrize("size", [1, 5, FEW_CLIPS])
+def test_an_endless_shard_gives_every_clip_once_an_epoch_in_a_new_order(size):
+    source = FakeSource(3 * size)
+    one = Shard(PixelContent(source), None, dataclasses.replace(DATA, max_segments=1, num_bins=1), PATCH, 1, True)
+    epochs = [[one.next_plan()[0].clip for _ in range(size)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(1, 3 * size, 3)) for epoch in epochs)
+    orders = {tuple(epoch) for epoch in epochs}
+    assert len(orders) == (1 if size == 1 else 3) and (size == 1 or tuple(range(1, 3 * size, 3)) not in orders)
 
 
 def test_seeds_and_shards_draw_differently():

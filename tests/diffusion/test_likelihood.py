@@ -161,6 +161,6 @@ def test_the_last_step_of_ddpms_code(variance):
     for found, std in ((theirs, np.sqrt(model_variance[0])), (default, np.sqrt(betas[0]))):
         expected = -scipy.stats.norm(np.float64(told), std).logpdf(np.float64(x0)).sum()
         assert float(found[-1]) == pytest.approx(expected, rel=1e-4)
-    np.testing.assert_array_equal(default[:-1], theirs[:-1])
+    np.testing.assert_allclose(default[:-1], theirs[:-1], rtol=1e-5)  # of two programs, each rounds in its own way
     with pytest.raises(ValueError, match="last_variance must be beta or posterior, got 'first'"):
         last_terms(last_variance="first")

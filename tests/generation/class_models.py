@@ -1,8 +1,8 @@
 """DiTs and an autoencoder small enough for tests, of random parameters, as files."""
 
-import jax
-import numpy as np
-from flax import linen as nn
+import functools
+
+from helpers.trees import random_tree
 
 from sora_jax.config import PatchConfig
 from sora_jax.config_json import to_json
@@ -37,9 +37,7 @@ PIXELS = ClassConditionalConfig(
 )  # fmt: skip
 
 
-def random_like(abstract):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.3, leaf.shape).astype(np.float32), nn.meta.unbox(abstract))
+random_like = functools.partial(random_tree, mean=0.05)
 
 
 def _write(path, config, params):

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_model import random_params
 
 from sora_jax.commands import generate
+from sora_jax.config import PatchConfig
 from sora_jax.families.load import export_model
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "generate.py"
@@ -56,6 +57,23 @@ def test_clips_of_several_sizes_are_written_and_reported(checkpoint, tmp_path, c
         (1, 12, 16, 8.0, 5),
     ]
     assert report["num_steps"] == 2 and report["seconds"]["total"] > 0
+
+
+def test_clips_of_latents_are_decoded_by_their_autoencoder(tiny_config, checkpoint, tmp_path, capsys):
+    model, patch = dataclasses.replace(tiny_config.model, text_dim=384), PatchConfig((1, 2, 2), channels=4)
+    config = dataclasses.replace(tiny_config, model=model, patch=patch)
+    export_model(tmp_path / "model", config, random_params(config))
+    vae = ["--vae", str(write_autoencoder(tmp_path / "vae"))]
+    common = ["--prompt", "frog", "--output", str(tmp_path / "out"), "--scale", "1"]
+    command = [*common, "--checkpoint", str(tmp_path / "model"), "--num-frames", "2", "--height", "8", "--width", "16"]
+    assert generate.main([*command, *vae]) == 0
+    with av.open(str(tmp_path / "out" / "000-frog.mp4")) as container:
+        assert [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)] == [(8, 16, 3)] * 2
+    capsys.readouterr()
+    assert generate.main(command) == 2
+    assert "got 4: latents need their autoencoder, vae." in capsys.readouterr().err
+    assert generate.main([*common, "--checkpoint", checkpoint, *vae]) == 2
+    assert "makes pixels, which no autoencoder decodes: leave vae out" in capsys.readouterr().err
 
 
 def test_images_of_classes_are_written_and_reported(tmp_path, capsys):

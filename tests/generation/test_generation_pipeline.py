@@ -77,14 +77,20 @@ def test_a_clip_is_the_same_in_several_batches(tiny_config, pipeline):
 
 ON_DEVICES = """
 import jax, numpy as np
+from class_models import VAE, random_like
 from tiny_model import WordEncoder, make_config, random_params
 from test_generation_pipeline import PROMPTS, SIZES, floats
 from sora_jax.generation.pipeline import SoraPipeline
+from sora_jax.models.autoencoder.codec import ImageCodec
+from sora_jax.models.autoencoder.image_vae import ImageVAE, abstract_params
 config = make_config()
 assert len(jax.devices()) == 3
 one, three = (SoraPipeline(config, random_params(config), WordEncoder(), devices=jax.devices()[:n]) for n in (1, 3))
 for first, second in zip(floats(one, PROMPTS, 3, **SIZES), floats(three, PROMPTS, 3, **SIZES), strict=True):
     np.testing.assert_allclose(first, second, atol=1e-4)
+params, frames = random_like(abstract_params(ImageVAE(VAE))), np.linspace(-1, 1, 5 * 8 * 8 * 3).reshape(5, 8, 8, 3)
+first, second = (ImageCodec(VAE, params, jax.devices()[:n]).encode(frames) for n in (1, 3))
+np.testing.assert_allclose(first, second, atol=1e-5)
 print("equal")
 """
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import jax
-import numpy as np
-
+from helpers.trees import random_tree
 from sora_jax.config import OptimizerConfig, PatchConfig
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig, NativeSize
 from sora_jax.data.toy import SwissRollConfig
@@ -59,9 +57,7 @@ RUNS = {
 
 
 def random_params(config):
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(make_task(config))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(make_task(config)), 0, 1)
 
 
 def read_model(path, **options):

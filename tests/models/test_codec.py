@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.models.autoencoder.codec import Codec, IdentityCodec, ImageCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
@@ -16,8 +16,7 @@ CLIP = np.random.default_rng(1).uniform(-1, 1, (5, 8, 12, 3)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def params():
-    rng, shapes = np.random.default_rng(0), nn.meta.unbox(abstract_params(ImageVAE(CONFIG)))
-    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.2, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(ImageVAE(CONFIG)), 0.05, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +61,14 @@ def test_few_functions_serve_all_durations(params, codec):
     assert codec._functions["encode", False]._cache_size() == 3  # one, two and four frames at once
 
 
-def test_devices_and_tiles_change_nothing(params, codec):
-    large = np.random.default_rng(2).uniform(-1, 1, (3, 20, 36, 3)).astype(np.float32)
+def test_tiles_change_nothing(params):
+    large = np.random.default_rng(2).uniform(-1, 1, (1, 20, 36, 3)).astype(np.float32)
     whole = ImageCodec(CONFIG, params, jax.devices()[:1])
     latents = whole.encode(large)
     pixels = whole.decode(latents)
-    for other in (
-        ImageCodec(CONFIG, params, jax.devices()[:2]),
-        ImageCodec(CONFIG, params, jax.devices()[:2], most_pixels=20 * 36 - 1, tile=16),
-    ):
-        np.testing.assert_allclose(other.encode(large), latents, atol=2e-5)
-        np.testing.assert_allclose(other.decode(latents), pixels, atol=2e-4)
+    other = ImageCodec(CONFIG, params, jax.devices()[:1], most_pixels=20 * 36 - 1, tile=16)
+    np.testing.assert_allclose(other.encode(large), latents, atol=2e-5)
+    np.testing.assert_allclose(other.decode(latents), pixels, atol=2e-4)
     assert other._functions["decode", True]._cache_size() == 1
     assert other._functions["decode", False]._cache_size() == 0
 

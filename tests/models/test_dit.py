@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 from jax.sharding import Mesh
 
 from sora_jax.config_json import from_json, to_json
@@ -40,10 +41,7 @@ PATCH_DIM, LENGTH, SEGMENTS = 12, 24, 4
 
 @functools.cache
 def random_params(name):
-    """Parameters in which nothing is zero: at the initialisation closed gates would let any mask pass."""
-    rng = np.random.default_rng(0)
-    shapes = nn.meta.unbox(abstract_params(DiT(CONFIGS[name])))
-    return jax.tree.map(lambda leaf: rng.normal(0.05, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(DiT(CONFIGS[name])), 0.05)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.models.autoencoder import image_vae
 from sora_jax.models.autoencoder.image_vae import (
@@ -32,8 +33,7 @@ def forward(config, params, x):
 
 @pytest.fixture(scope="module")
 def params():
-    rng, shapes = np.random.default_rng(0), nn.meta.unbox(abstract_params(ImageVAE(CONFIG)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(ImageVAE(CONFIG)))
 
 
 def test_stable_diffusions_has_84_million_parameters():
@@ -82,8 +82,7 @@ def test_samples_of_a_posterior():
 def test_attention_is_the_same_however_many_rows_ask_at_once(monkeypatch):
     rng = np.random.default_rng(0)
     x, attention = rng.normal(size=(2, 5, 4, 8)).astype(np.float32), CellAttention(CONFIG)
-    shapes = nn.meta.unbox(jax.eval_shape(attention.init, jax.random.key(0), x))
-    params = jax.tree.map(lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(np.float32), shapes)
+    params = random_tree(jax.eval_shape(attention.init, jax.random.key(0), x), 0, 0.5, seed=1)
     whole = attention.apply(params, x)
     for rows in (1, 2, 3):
         monkeypatch.setattr(image_vae, "_MAX_SCORES", rows * 5 * 4 * 4)

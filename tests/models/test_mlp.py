@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.config_json import from_json, to_json
 from sora_jax.models.mlp import MLP, RBF, MLPConfig, RBFConfig, init_params
@@ -34,9 +35,7 @@ def forward(model, params, x, steps):
 
 
 def random_params(model, seed=0):
-    """Parameters in which nothing is zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.5, leaf.shape).astype(np.float32), fresh(model))
+    return random_tree(fresh(model), std=0.5, seed=seed)
 
 
 def inputs(model, count=6, seed=1):

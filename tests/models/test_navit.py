@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from helpers.trees import random_tree
 
 from sora_jax.config import PatchConfig
 from sora_jax.models import navit
@@ -45,10 +46,7 @@ GRIDS = [(1, 3, 4), (1, 5, 1), (3, 2, 2), (1, 1, 1)]  # the third is a clip
 
 
 def random_params(model):
-    """Every parameter drawn at random: at the initialisation the head is zero."""
-    rng = np.random.default_rng(0)
-    shapes = meta.unbox(abstract_params(model))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), shapes)
+    return random_tree(abstract_params(model), 0, 0.5)
 
 
 PARAMS = {name: random_params(model) for name, model in MODELS.items()}

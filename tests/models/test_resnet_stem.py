@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 from jax.sharding import Mesh
 
 from sora_jax.config_json import from_json, to_json
@@ -24,17 +25,12 @@ STEM = ResNetStemConfig(stages=(1, 2), width=32, norm_eps=0.01, kernel_eps=0.02)
 CONFIG = ViTConfig((16, 24), patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=24, num_classes=5, stem=STEM)
 
 
-def random_like(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), nn.meta.unbox(shapes))
-
-
 def images(height, width, batch=2):
     return np.random.default_rng(1).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
 def stem_params():
-    return random_like(jax.eval_shape(ResNetStem(STEM, "float32").init, jax.random.key(0), images(16, 24))["params"])
+    return random_tree(jax.eval_shape(ResNetStem(STEM, "float32").init, jax.random.key(0), images(16, 24))["params"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -101,7 +97,7 @@ def test_scale_and_mean_of_a_kernel_do_not_matter():
 
 def test_a_hybrid_is_a_vit_of_the_features():
     """With one place of the features a patch, the rest of the network is that of images of so many channels."""
-    params, x = random_like(abstract_params(ViT(CONFIG))), images(16, 24)
+    params, x = random_tree(abstract_params(ViT(CONFIG))), images(16, 24)
     features = forward(ResNetStem(STEM, "float32"), params["stem"], x)
     plain = dataclasses.replace(CONFIG, image_size=(2, 3), patch_size=1, channels=STEM.out_channels, stem=None)
     rest = {name: value for name, value in params.items() if name != "stem"}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from helpers.trees import random_tree
 
 from sora_jax.models.sora import SORA_SIZES, ModelConfig, SoraTransformer, abstract_params, init_params, param_count
 from sora_jax.parallel.attention import attention_for
@@ -23,10 +24,7 @@ MODELS = {
 
 
 def random_params():
-    """Every parameter drawn at random: at the initialisation closed gates would let any mask pass."""
-    rng = np.random.default_rng(0)
-    shapes = meta.unbox(abstract_params(MODELS["xla"]))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    return random_tree(abstract_params(MODELS["xla"]), 0)
 
 
 PARAMS = random_params()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.models.layers import sinusoidal_embedding
 from sora_jax.models.unet import ResidualBlock, UNet, UNetConfig, abstract_params, init_params
@@ -19,10 +20,7 @@ SHAPE, T = (3, 4, 8, 3), np.array([0, 37, 999])  # one shape for most tests, so 
 
 
 def random_params(config, seed=0):
-    """Parameters in which nothing is zero."""
-    rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(abstract_params(UNet(config)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(UNet(config)), seed=seed)
 
 
 def images(*shape, seed=1):

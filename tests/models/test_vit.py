@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 from jax.sharding import Mesh
 
 from sora_jax.config_json import from_json, to_json
@@ -23,10 +24,7 @@ MEAN = dataclasses.replace(CONFIG, pooling="mean", representation_dim=0, num_cla
 
 
 def random_params(config, seed=0):
-    """Parameters in which nothing is zero."""
-    rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(abstract_params(ViT(config)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+    return random_tree(abstract_params(ViT(config)), seed=seed)
 
 
 def random_images(config, batch=2, seed=1):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.trees import random_tree
 
 from sora_jax.config_json import from_json, to_json
 from sora_jax.models.attention import xla_attention
@@ -43,12 +44,6 @@ CONFIGS = {
 }
 IMAGE = ViTConfig(image_size=(8, 12), patch_size=4, **SIZES)
 MODELS = pytest.mark.parametrize("model", [1, 2, 3, 4])
-
-
-def random_like(shapes, seed=0):
-    """Parameters in which nothing is zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), nn.meta.unbox(shapes))
 
 
 def random_clips(config, seed=1):
@@ -111,7 +106,7 @@ def test_every_parameter_is_used_and_every_frame_counts(model):
     config = CONFIGS[model]
     loss = lambda params, clips: (forward(config, params, clips) ** 2).sum()  # noqa: E731
     of_params, of_clips = jax.jit(jax.grad(loss, argnums=(0, 1)))(
-        random_like(abstract_params(ViViT(config))), random_clips(config)
+        random_tree(abstract_params(ViViT(config))), random_clips(config)
     )
     for name, leaf in flat_names(of_params).items():
         # A key's bias adds the same to all scores of a query, which softmax does not see.
@@ -121,7 +116,7 @@ def test_every_parameter_is_used_and_every_frame_counts(model):
 
 @functools.lru_cache
 def from_image(model, embedding="inflation"):
-    image = random_like(vit_shapes(ViT(image_config(model))), seed=2)
+    image = random_tree(vit_shapes(ViT(image_config(model))), seed=2)
     config = CONFIGS[model]
     return config, image, init_from_vit(config, jax.random.key(0), image_config(model), image, embedding)
 
@@ -132,7 +127,7 @@ def image_config(model):
 
 def test_a_clip_of_one_tubelet_frame_is_what_the_image_model_sees():
     config = dataclasses.replace(CONFIGS[1], num_frames=2)
-    image = random_like(vit_shapes(ViT(IMAGE)), seed=2)
+    image = random_tree(vit_shapes(ViT(IMAGE)), seed=2)
     params = init_from_vit(config, jax.random.key(0), IMAGE, image, "inflation")
     stills = random_clips(config)[:, 0]
     found = forward(config, params, np.repeat(stills[:, None], 2, axis=1))
@@ -174,14 +169,14 @@ def test_central_frame_embedding_sees_one_frame():
 
 def test_another_image_size_is_interpolated():
     large = dataclasses.replace(IMAGE, image_size=(16, 20))
-    image = random_like(vit_shapes(ViT(large)))
+    image = random_tree(vit_shapes(ViT(large)))
     params = init_from_vit(CONFIGS[2], jax.random.key(0), large, image)
     found, old = params["encoder"]["position_embedding"], image["encoder"]["position_embedding"]
     np.testing.assert_allclose(found[[0, 1, 2, 3, -1]], old[[0, 1, 3, 5, 20]], rtol=1e-6)
 
 
 def test_image_models_that_do_not_fit_are_named():
-    image = random_like(vit_shapes(ViT(IMAGE)))
+    image = random_tree(vit_shapes(ViT(IMAGE)))
     for changes, words in (
         (dict(mlp_dim=8), "mlp_dim must be the ViViT's 24, got 8"),
         (dict(patch_size=2), r"patch_size must be the ViViT's \(4, 4\), got \(2, 2\)"),
@@ -194,7 +189,7 @@ def test_image_models_that_do_not_fit_are_named():
 def test_errors_name_what_would_work():
     clips = np.zeros((1, 4, 8, 12, 3), np.float32)
     with pytest.raises(ValueError, match=r"must be \(B, 6, 8, 12, 3\), got \(1, 4, 8, 12, 3\)"):
-        jax.eval_shape(functools.partial(forward, CONFIGS[1]), random_like(abstract_params(ViViT(CONFIGS[1]))), clips)
+        jax.eval_shape(functools.partial(forward, CONFIGS[1]), random_tree(abstract_params(ViViT(CONFIGS[1]))), clips)
     for field, value, words in (
         ("model", 5, "1, 2, 3 or 4, got 5"),
         ("num_frames", 5, "a positive multiple of the tubelet's 2, got 5"),

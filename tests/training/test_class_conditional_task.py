@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import train
+from helpers.trees import random_tree
 from tiny_recognition import RandomRows, fill, random_rows
 from tiny_run import assert_same_runs
 
@@ -44,9 +45,7 @@ TASK, FIXED_TASK = ClassConditionalTask(CONFIG), ClassConditionalTask(FIXED)
 
 
 def random_params(task):
-    rng = np.random.default_rng(0)
-    shapes = states.abstract_params(task)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    return random_tree(states.abstract_params(task), 0)
 
 
 PARAMS, FIXED_PARAMS = random_params(TASK), random_params(FIXED_TASK)
@@ -195,7 +194,7 @@ def test_config_round_trips_through_json():
         ),
         (
             {"data": dataclasses.replace(CONFIG.data, label="none")},
-            "label must be 'class': the class is what the model is told",
+            "label must be 'class': the class is what the model is conditioned on",
         ),
         (
             {"data": dataclasses.replace(CONFIG.data, sampling=FixedSize((4, 5)))},

@@ -8,16 +8,22 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
 import pytest
+import rich.console
 import tiny_run
-from flax import linen as nn
+from etils import epath
+from helpers.models import random_params
 from helpers.runs import train
+from helpers.trees import random_tree
 from PIL import Image
 
+from sora_jax.components import ComponentWarning
 from sora_jax.config import MixturePart, PatchConfig
+from sora_jax.config_json import to_json
 from sora_jax.data.builders import clip_dataset, folder
 from sora_jax.data.builders.latent_options import LatentOptions
 from sora_jax.data.builders.latents import prepare_latents
@@ -28,9 +34,13 @@ from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.labelled import FixedSize, LabelledDataConfig
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.families.dit import ClassConditionalConfig, ClassSampleConfig
+from sora_jax.families.sora import SampleConfig
 from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.models.autoencoder.image_vae import ImageVAE, ImageVAEConfig, abstract_params
 from sora_jax.models.dit import DiTConfig
+from sora_jax.models.weights import tensor_bytes
+from sora_jax.provenance import flat_names
+from sora_jax.runs.sora import SoraRun
 from sora_jax.training.checkpoint import latest_step
 from sora_jax.training.loop import Outcome
 from sora_jax.training.run_directory import ConfigChangedError
@@ -42,9 +52,7 @@ VAE = ImageVAEConfig(latent_channels=2, widths=(4, 4, 4), num_blocks=1, num_grou
 
 @pytest.fixture(scope="module")
 def codec():
-    rng, shapes = np.random.default_rng(0), nn.meta.unbox(abstract_params(ImageVAE(VAE)))
-    params = jax.tree.map(lambda leaf: rng.normal(0.05, 0.2, leaf.shape).astype(np.float32), shapes)
-    return ImageCodec(VAE, params, jax.devices()[:1])
+    return ImageCodec(VAE, random_tree(abstract_params(ImageVAE(VAE)), 0.05, 0.2), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +177,31 @@ def test_what_sora_makes_of_latents_is_decoded_to_its_size(paths, codec):
     mean, _ = content.source.posterior(1)
     assert mean.shape == (m.num_frames[1], m.height[1], m.width[1], 2)
     assert codec.decode(mean * np.float32(codec.scale)).shape == (m.num_frames[1], 4 * m.height[1], 4 * m.width[1], 3)
+
+
+def test_sheets_of_latents_are_decoded(paths, codec, tmp_path, monkeypatch, capsys):
+    def draw(width=VAE.latent_channels, vae=True):
+        """The sheet that a run draws of random parameters, of an autoencoder with so many latent channels."""
+        folder = tmp_path / str(width)
+        folder.mkdir(exist_ok=True)
+        config = dataclasses.replace(VAE, latent_channels=width)
+        (folder / "config.json").write_text(to_json(config))
+        params = random_tree(abstract_params(ImageVAE(config)))
+        (folder / "model.safetensors").write_bytes(tensor_bytes(flat_names(params)))
+        sample = SampleConfig(("frog",), num_frames=2, height=8, width=16, num_steps=1, vae=str(folder) if vae else "")
+        experiment = dataclasses.replace(sora(path=paths[0], num_workers=0), sample=sample, sample_every=1)
+        run = SoraRun(experiment, epath.Path(tmp_path / "run"), rich.console.Console(stderr=True))
+        return run.sample_sheet and run.sample_sheet(random_params(experiment))
+
+    words = types.SimpleNamespace(dim=8, encode=lambda captions, most: [np.ones((2, 8), np.float32) for _ in captions])
+    monkeypatch.setattr("sora_jax.models.text.minilm.load_text_encoder", lambda: words)
+    with pytest.warns(ComponentWarning, match="trained on latents of the autoencoder of fingerprint of random we, and"):
+        sheet = draw()
+    assert sheet.dtype == np.uint8 and sheet.shape[2] == 3 and sheet.std() > 1
+    with pytest.raises(ValueError, match=r"makes latents of 2 channels, and those of the autoencoder .* have 3"):
+        draw(width=3)
+    assert draw(vae=False) is None
+    assert "no sample sheets: this model makes latents; --sample.vae decodes them" in capsys.readouterr().err
 
 
 @pytest.mark.slow

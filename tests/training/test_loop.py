@@ -174,7 +174,7 @@ def test_a_finished_run_tells_where_its_data_is_now(straight, tmp_path, capsys):
     shutil.copytree(straight[1], workdir)
     assert on("first", straight, workdir, {"train": "a1"}) is Outcome.ALREADY_FINISHED
     assert (
-        "data.path was , and whether first holds the same cannot be told: the run recorded no fingerprint"
+        "data.path was , and whether first holds the same is unknown: the run recorded no fingerprint"
         in capsys.readouterr().err
     )
     assert on("second", straight, workdir, {"train": "a1"}, log_every=3) is Outcome.ALREADY_FINISHED

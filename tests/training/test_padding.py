@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_recognition
 import tiny_run
+from helpers.trees import random_tree
 from test_class_conditional_task import CONFIG as DIT
 from test_class_conditional_task import FIXED as FIXED_DIT
 
@@ -60,10 +61,7 @@ def filled(batch, value):
 @functools.cache
 def loss_and_gradient(name):
     task = make_task(CONFIGS[name])
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), states.abstract_params(task)
-    )
+    params = random_tree(states.abstract_params(task), 0)
 
     def total(params, batch):
         loss = task.loss(params, batch, jnp.arange(len(batch.patches)), jax.random.key(1), False)

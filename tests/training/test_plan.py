@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_recognition
+import tiny_run
 
 from sora_jax.config import MeshConfig, OptimizerConfig
 from sora_jax.configs import load_config
@@ -61,7 +62,7 @@ def test_collectives_are_counted_once_each():
     }
 
 
-@pytest.mark.parametrize("config", [small_config(), tiny_recognition.NAVIT], ids=["sora", "navit"])
+@pytest.mark.parametrize("config", [tiny_run.CONFIG, tiny_recognition.NAVIT], ids=["sora", "navit"])
 def test_auto_attention_is_that_of_a_tpu_whatever_this_machine_is(config):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     texts = {

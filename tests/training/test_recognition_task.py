@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 from helpers.runs import train
+from helpers.trees import random_tree
 from tiny_recognition import NATIVE, NAVIT, PAIRS, VIT, VIVIT, RandomRows, fill, random_batch, random_rows
 from tiny_run import assert_same_runs
 
@@ -33,10 +34,7 @@ from sora_jax.training.loop import Outcome
 
 
 def random_params(task):
-    """Every parameter drawn at random: at the initialisation the head is zero."""
-    rng = np.random.default_rng(0)
-    shapes = states.abstract_params(task)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    return random_tree(states.abstract_params(task), 0)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class DrawOptions:
         size: height and width in pixels (default: what the model was trained on, which DDPM weights do not say).
         seed: of noise and labels.
         batch_size: images that are drawn at once, over all devices of a host. Those of another size differ by rounding
-            alone, so by one level of a pixel at most and rarely; the manifest tells it.
+            alone, so by one level of a pixel at most and rarely; the manifest records it.
         multihost: this is one of several hosts, each running this command on one `output`.
     """
 

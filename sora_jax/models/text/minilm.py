@@ -201,7 +201,7 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], max_tokens: int, option: str | None = None) -> list[NumpyArray]:
         """Encodes captions, in batches of similar lengths.
 
-        What is lost of them, by a cut or for characters that the vocabulary lacks, is told by one warning each.
+        What is lost of them, by a cut or for characters that the vocabulary lacks, is reported by one warning each.
 
         Args:
             captions: any number; "" is encoded as [CLS] [SEP].
