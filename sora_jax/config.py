@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -69,6 +69,11 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, self, "batch_size", "at least 1")
+
+    @property
+    def packs_several(self) -> bool:
+        """Whether a row of a batch may hold more than one example."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +188,11 @@ class PackedDataConfig(BatchConfig):
     def parts(self) -> tuple[MixturePart, ...]:
         """The data sets that are read: those of the mixture, or the one at `path`."""
         return self.mixture or (MixturePart(self.path, max_clips=self.max_clips),)
+
+    @property
+    def packs_several(self) -> bool:
+        """Whether a row may hold more than one clip."""
+        return self.max_segments > 1
 
     @property
     def how_to_fit(self) -> str:
@@ -340,6 +350,12 @@ class ExperimentConfig:
             check(getattr(self, field) >= 1, self, field, "at least 1")
         for field in ("seed", "eval_every", "sample_every"):
             check(getattr(self, field) >= 0, self, field, "at least 0")
+
+    if TYPE_CHECKING:  # every family has a field of this name, with a default of its own
+
+        @property
+        def model(self) -> Any:
+            """Config of the network."""
 
     @property
     def process_kind(self) -> str | None:

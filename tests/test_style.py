@@ -1,4 +1,4 @@
-"""The repository passes its own linter and formatter."""
+"""The repository passes its own linter, formatter and type checker."""
 
 import pathlib
 import subprocess
@@ -15,3 +15,8 @@ def test_ruff(command):
         [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, f"ruff {' '.join(command)} found:\n{result.stdout}{result.stderr}"
+
+
+def test_types():
+    result = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"mypy found:\n{result.stdout}{result.stderr}"

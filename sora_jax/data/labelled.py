@@ -38,11 +38,17 @@ class FixedSize:
     """
 
     kind: ClassVar[str] = "fixed_size"
-    one_size: ClassVar[bool] = True
+    one_size: ClassVar[Literal[True]] = True
+    enlarge: ClassVar[bool] = True
     size: tuple[int, int] = (224, 224)
 
     def __post_init__(self) -> None:
         check(min(self.size) >= 1, self, "size", "positive (height, width)")
+
+    @property
+    def largest_side(self) -> float:
+        """Square root of the area in pixels."""
+        return math.sqrt(math.prod(self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,8 @@ class NativeSize:
     """
 
     kind: ClassVar[str] = "native_size"
-    one_size: ClassVar[bool] = False
+    one_size: ClassVar[Literal[False]] = False
+    size: ClassVar[None] = None  # each has its own
     sides: tuple[float, float] = (64.0, 256.0)
     mean: float = -0.5
     std: float = 1.0
@@ -73,6 +80,11 @@ class NativeSize:
         check(self.sides[1] < math.inf, self, "sides", "finite")
         check(-1 <= self.mean <= 1, self, "mean", "between -1 and 1")
         check(self.std > 0, self, "std", "positive")
+
+    @property
+    def largest_side(self) -> float:
+        """Of what is drawn, the square root of the area in pixels."""
+        return self.sides[1]
 
 
 @dataclasses.dataclass(frozen=True)

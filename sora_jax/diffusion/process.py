@@ -48,7 +48,7 @@ class GaussianConfig:
     """
 
     kind: ClassVar[str] = "gaussian"
-    of_bits: ClassVar[bool] = False
+    of_bits: ClassVar[Literal[False]] = False
 
     num_levels: int = 1000
     schedule: Literal["linear", "cosine", "log_snr"] = "linear"

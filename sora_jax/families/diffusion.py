@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class BinomialConfig:
     """
 
     kind: ClassVar[str] = "binomial"
-    of_bits: ClassVar[bool] = True
+    of_bits: ClassVar[Literal[True]] = True
     discrete: ClassVar[bool] = False
     variance: ClassVar[str] = "small"  # that of the posterior
 
@@ -121,9 +121,9 @@ class DiffusionConfig(StudyConfig):
             works = "MultiscaleConfig or UNetConfig for images, RBFConfig or MLPConfig for vectors"
             kinds = f"{type(self.model).__name__} for {type(self.data).__name__}"
             raise ValueError(f"model must be a {works}, got {kinds}.")
-        multiple = self.model.size_multiple if images else 1
-        if images:
-            check(self.data.size % multiple == 0, self.data, "size", f"a multiple of the network's {multiple}")
+        if self.model.takes_images:
+            multiple = self.model.size_multiple
+            check(self.data.shape[0] % multiple == 0, self.data, "size", f"a multiple of the network's {multiple}")
         channels = self.data.shape[-1]
         learns = self.process.variance == "learned"
         check(self.model.in_channels == channels, self.model, "in_channels", f"the {channels} of the data")
@@ -204,23 +204,31 @@ class DiffusionTask:
 
 
 class GaussianTask(DiffusionTask):
-    """Gaussian diffusion of numbers."""
+    """Gaussian diffusion of numbers.
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    Args:
+        config: of the experiment.
+        process: the config's own; `diffusion_task` has told it from a `BinomialConfig`.
+    """
+
+    of_bits: ClassVar[Literal[False]] = False
+
+    def __init__(self, config: DiffusionConfig, process: GaussianConfig) -> None:
         super().__init__(config)
-        self._betas = config.process.betas()
+        self._gaussian = process
+        self._betas = process.betas()
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns `network` and, where the betas are learned, `betas`: logits (T - 1,), not decayed."""
         params = super().init_params(key)
-        if self.config.process.learn_betas:
+        if self._gaussian.learn_betas:
             rest = self._betas[1:]
             params["betas"] = {"logits": jnp.asarray(np.log(rest) - np.log1p(-rest), jnp.float32)}
         return params
 
     def levels(self, params: PyTree) -> Levels:
         """Returns the T + 1 levels, from the noisiest to data."""
-        if not self.config.process.learn_betas:
+        if not self._gaussian.learn_betas:
             return discrete_levels(self._betas)
         betas = schedules.learned_betas(params["betas"]["logits"], float(self._betas[0]))
         # Through logarithms, since 1 - alpha_bar of the first steps would be lost.
@@ -241,12 +249,12 @@ class GaussianTask(DiffusionTask):
 
     def process(self, params: PyTree) -> DiscreteProcess:
         """Returns the process, whose levels depend on the parameters where betas are learned."""
-        clip = (-1.0, 1.0) if self.config.process.discrete else None
-        return DiscreteProcess(self.config.process, clip, self.levels(params))
+        clip = (-1.0, 1.0) if self._gaussian.discrete else None
+        return DiscreteProcess(self._gaussian, clip, self.levels(params))
 
     def loss(self, params: PyTree, batch: Array, rows: Int[Array, " rows"], key: jax.Array, training: bool) -> Loss:
         """Returns equation 2, 3 or 4."""
-        process = self.config.process
+        process = self._gaussian
         steps, keys, shared = self.draw(rows, key, process.num_levels, training)
         noise = jax.vmap(lambda key: jax.random.normal(key, batch.shape[1:]))(keys)
         dropout = shared if training else None
@@ -267,7 +275,7 @@ class GaussianTask(DiffusionTask):
 
     def bound(self, params: PyTree, x0: Float[Array, " batch *values"], key: jax.Array) -> BoundTerms:
         """Returns the terms of the bound of each example, in nats."""
-        process = self.config.process
+        process = self._gaussian
         return likelihood.bound(
             self.denoise(params), x0, self.levels(params), key, variance=process.variance, discrete=process.discrete,
             last_variance=process.last_variance,
@@ -276,6 +284,8 @@ class GaussianTask(DiffusionTask):
 
 class BinomialTask(DiffusionTask):
     """Binomial diffusion of bits; the network gives the logits of x_0."""
+
+    of_bits: ClassVar[Literal[True]] = True
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
@@ -313,4 +323,5 @@ class BinomialTask(DiffusionTask):
 def diffusion_task(config: DiffusionConfig, attention_fn: AttentionFn = xla_attention) -> GaussianTask | BinomialTask:
     """Returns the task of an experiment; its networks have no attention kernel to choose."""
     del attention_fn
-    return BinomialTask(config) if config.process.of_bits else GaussianTask(config)
+    process = config.process
+    return BinomialTask(config) if process.of_bits else GaussianTask(config, process)

@@ -17,10 +17,10 @@ from sora_jax.array_types import PyTree
 from sora_jax.components import UNKNOWN, CodecComponent, Components, warn_of_difference
 from sora_jax.config import ExperimentConfig
 from sora_jax.config_json import config_of
-from sora_jax.families.registry import FAMILIES, config_class, make_task
+from sora_jax.families.registry import FAMILIES, Family, config_class, make_task
 from sora_jax.files import write_whole
 from sora_jax.models.autoencoder.codec import ImageCodec
-from sora_jax.models.networks import NETWORKS
+from sora_jax.models.networks import NETWORKS, Network
 from sora_jax.models.quantize import quantize_tensors
 from sora_jax.models.tensor_file import read_sharded
 from sora_jax.models.weights import (
@@ -105,7 +105,7 @@ def describe(path: epath.PathLike) -> Description:
     in_family = document.kind in FAMILIES
     cls = config_class(document.kind) if in_family else NETWORKS[document.kind].config_class()
     try:
-        config = config_of(cls, document)
+        config: Any = config_of(cls, document)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return Description(path, document.kind, config, document.components)
@@ -122,7 +122,7 @@ def expect(found: Description, *kinds: str) -> None:
         ValueError: it is of another, saying what it is, what was wanted and what takes it.
     """
     if found.kind not in kinds:
-        words = {**FAMILIES, **NETWORKS}
+        words: dict[str, Family | Network] = {**FAMILIES, **NETWORKS}
         wanted = " or ".join(words[kind].what for kind in kinds)
         raise ValueError(f"{found.path} is {words[found.kind].what}, not {wanted}: {words[found.kind].use}.")
 

@@ -6,11 +6,12 @@ that its patches are put together again; a row of NaViT holds as many as fit, of
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Generic, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class RecognitionConfig(StudyConfig):
         selection_split: of the held-out splits, the one that `learning_rates` are compared on; it is not scored.
         test_sides: sizes that the report scores held-out images at, the square root of the area in pixels, beside
             the one that training evaluates at. A ViT's positions are interpolated to them.
+        model: the network.
     """
 
     data: LabelledDataConfig = LabelledDataConfig()  # noqa: RUF009
@@ -51,6 +53,7 @@ class RecognitionConfig(StudyConfig):
     selection_split: str = "validation"
     test_sides: tuple[int, ...] = ()
     sample_every: int = 0
+    model: ViTConfig | ViViTConfig | NaViTConfig = ViTConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +80,6 @@ class ClassificationConfig(RecognitionConfig):
 
     kind: ClassVar[str] = "classification"
 
-    model: ViTConfig | ViViTConfig | NaViTConfig = ViTConfig()  # noqa: RUF009
     objective: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = 0.0
 
@@ -142,7 +144,7 @@ def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: LabelledDataC
     if model.patch is None:
         check(not data.sampling.one_size, data, "sampling", "a NativeSize for NaViT")
         frames = -(-data.num_frames // patch.size[0])
-        tokens = round(frames * data.sampling.sides[1] ** 2 / (patch.size[1] * patch.size[2]))
+        tokens = round(frames * data.sampling.largest_side**2 / (patch.size[1] * patch.size[2]))
         works = f"at least the {tokens} patches of the largest sample where oversize is 'skip'"
         check(data.oversize == "resize" or data.row_length >= tokens, data, "row_length", works)
         return
@@ -157,24 +159,46 @@ def check_rows(model: ViTConfig | ViViTConfig | NaViTConfig, data: LabelledDataC
     check(data.row_length == tokens, data, "row_length", f"the {tokens} patches of the model's image or clip")
 
 
-class RecognitionTask:
+C = TypeVar("C", bound=RecognitionConfig)
+
+
+class RecognitionTask(abc.ABC, Generic[C]):
     """What the two tasks share; a `sora_jax.training.task.Task`.
 
-    A subclass says what a report is about: `headline` (key and name of the figure), `held_out_score` (of `scores`),
-    `scored`, what each segment is scored by, and `figures_of`, the figures of these.
+    A subclass says what a report is about.
 
     Args:
         config: of the experiment.
         attention_fn: the kernel; the reference suffices for shapes and counts.
+
+    Attributes:
+        headline: key and name of the figure that a report is about.
+        held_out_score: the one of `scores` that a report follows through training.
+        figures_of: returns the figures of columns: those of `scored`, (N, ...) each, then the labels, (N,).
     """
 
     text_dim = 0
-    headline: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
-    held_out_score: ClassVar[str] = "accuracy"
+    headline: ClassVar[tuple[str, str]]
+    held_out_score: ClassVar[str]
+    figures_of: ClassVar[Callable[..., dict[str, float]]]
 
-    def __init__(self, config: RecognitionConfig, attention_fn: AttentionFn = xla_attention) -> None:
+    def __init__(self, config: C, attention_fn: AttentionFn = xla_attention) -> None:
         self.config = config
         self.model: nn.Module = config.model.network(config.patch.dim, config.data.max_segments, attention_fn)
+
+    @abc.abstractmethod
+    def scored(self, params: PyTree, batch: PackedBatch) -> tuple[Array, ...]:
+        """Returns what each segment is scored by, (B, K, ...) each."""
+
+    @abc.abstractmethod
+    def loss(
+        self, params: PyTree, batch: PackedBatch, rows: Int[Array, " rows"], key: jax.Array, training: bool
+    ) -> Loss:
+        """Returns the loss of a batch; see `sora_jax.training.task.Task`."""
+
+    @abc.abstractmethod
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Returns what the sums of `Loss.counts` say of the model, by name."""
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes."""
@@ -188,7 +212,8 @@ class RecognitionTask:
         """Returns what the network says of each segment; of ViT and ViViT, features are logits."""
         patches = without_padding(batch.patches, batch.segment_ids)
         rows = (patches, batch.positions, batch.segment_ids, batch.extents)
-        return self.model.apply({"params": params}, *rows, method="on_rows")
+        # Flax cannot know what a method returns, nor that no variable is mutable.
+        return cast(SegmentOutput, self.model.apply({"params": params}, *rows, method="on_rows"))
 
     def rates(self, totals: Mapping[str, float], seconds: float, num_batches: int) -> dict[str, float]:
         """Returns tokens, images (or clips) and useful operations a second, and the share of slots with a patch."""
@@ -206,11 +231,11 @@ class RecognitionTask:
         Args:
             totals: sums of `Loss.counts`.
         """
-        one = self.forward_flops_of_one()
-        if one is not None:
-            return totals["examples"] * one
-        counts = {name: totals[name] for name in ("real_tokens", "examples", "self_pairs")}
-        return self.config.model.forward_flops(self.config.patch.dim, **counts)
+        model = self.config.model
+        if model.example_shape is None:
+            counts = {name: totals[name] for name in ("real_tokens", "examples", "self_pairs")}
+            return model.forward_flops(self.config.patch.dim, **counts)
+        return totals["examples"] * _flops_of_one(self.model)
 
     def forward_flops_of_one(self) -> int | None:
         """Returns the operations of a forward pass of one image or clip; None for NaViT, whose sizes differ."""
@@ -222,8 +247,11 @@ class RecognitionTask:
         return {"forward_macs": one // 2} if one else {}
 
 
-class ClassificationTask(RecognitionTask):
+class ClassificationTask(RecognitionTask[ClassificationConfig]):
     """Classes of images or clips."""
+
+    headline: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
+    held_out_score: ClassVar[str] = "accuracy"
 
     def scored(self, params: PyTree, batch: PackedBatch) -> tuple[Array, ...]:
         """Returns the logits of each segment, (B, K, classes)."""
@@ -263,7 +291,7 @@ class ClassificationTask(RecognitionTask):
         return {"accuracy": totals["correct"] / max(totals["labelled"], 1)}
 
 
-class ContrastiveTask(RecognitionTask):
+class ContrastiveTask(RecognitionTask[ContrastiveConfig]):
     """Images or clips and their captions."""
 
     headline: ClassVar[tuple[str, str]] = ("recall_at_1", "recall")

@@ -9,14 +9,29 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from jax.sharding import Mesh
 
 from sora_jax.config import ExperimentConfig
-from sora_jax.models.attention import xla_attention
+from sora_jax.models.attention import AttentionFn, xla_attention
 from sora_jax.parallel.attention import attention_for
 from sora_jax.training.task import Task
+
+if TYPE_CHECKING:  # families are imported when they are asked for
+    from sora_jax.families.diffusion import diffusion_task
+    from sora_jax.families.dit import ClassConditionalTask
+    from sora_jax.families.recognition import (
+        ClassificationTask,
+        ContrastiveTask,
+        RecognitionConfig,
+        RecognitionTask,
+    )
+    from sora_jax.families.sora import SoraTask
+
+    _TASKS: tuple[Callable[..., Task], ...] = (
+        SoraTask, ClassConditionalTask, diffusion_task, ClassificationTask, ContrastiveTask
+    )  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -95,6 +110,12 @@ def config_class(kind: str) -> type[ExperimentConfig]:
     return imported(FAMILIES[kind].config)
 
 
+@overload
+def make_task(
+    config: RecognitionConfig, mesh: Mesh | None = ..., platform: str | None = ...
+) -> RecognitionTask[Any]: ...
+@overload
+def make_task(config: ExperimentConfig, mesh: Mesh | None = ..., platform: str | None = ...) -> Task: ...
 def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str | None = None) -> Task:
     """Returns what an experiment trains.
 
@@ -108,9 +129,9 @@ def make_task(config: ExperimentConfig, mesh: Mesh | None = None, platform: str 
         ValueError: a config of a kind that is not registered, or an attention kernel that the platform does not have.
     """
     name = getattr(config.model, "attention", None)  # of the families that can choose
-    kernel = xla_attention
+    kernel: AttentionFn = xla_attention
     if mesh is not None and name is not None:
-        kernel = attention_for(name, mesh, platform, packed=config.data.max_segments > 1)
+        kernel = attention_for(name, mesh, platform, packed=config.data.packs_several)
     return imported(family_of(config).task)(config, kernel)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class RBFConfig:
     """
 
     kind: ClassVar[str] = "rbf"
-    takes_images: ClassVar[bool] = False
+    takes_images: ClassVar[Literal[False]] = False
 
     in_channels: int = 2
     out_channels: int = 4
@@ -76,7 +76,7 @@ class MLPConfig:
     """
 
     kind: ClassVar[str] = "mlp"
-    takes_images: ClassVar[bool] = False
+    takes_images: ClassVar[Literal[False]] = False
 
     in_channels: int = 2
     out_channels: int = 2

@@ -51,7 +51,7 @@ class MultiscaleConfig:
     """
 
     kind: ClassVar[str] = "multiscale"
-    takes_images: ClassVar[bool] = True
+    takes_images: ClassVar[Literal[True]] = True
 
     in_channels: int = 1
     out_channels: int = 2

@@ -94,7 +94,7 @@ class NaViTConfig:
 
     patch: ClassVar[None] = None  # images of any size are cut before they come
     example_shape: ClassVar[None] = None
-    takes_any_size: ClassVar[bool] = True
+    takes_any_size: ClassVar[Literal[True]] = True
 
     @property
     def axes(self) -> tuple[str, ...]:

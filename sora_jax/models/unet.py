@@ -49,7 +49,7 @@ class UNetConfig:
     """
 
     kind: ClassVar[str] = "unet"
-    takes_images: ClassVar[bool] = True
+    takes_images: ClassVar[Literal[True]] = True
 
     in_channels: int = 3
     out_channels: int = 3

@@ -88,7 +88,7 @@ class ViTConfig:
             check(whole, self, "patch_size", f"a multiple of the stem's stride {self.stem.stride}")
 
     num_frames: ClassVar[int] = 1
-    takes_any_size: ClassVar[bool] = True  # `resize_images`
+    takes_any_size: ClassVar[Literal[True]] = True  # `resize_images`
 
     @property
     def patch(self) -> tuple[int, int, int]:

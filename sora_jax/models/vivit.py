@@ -93,7 +93,7 @@ class ViViTConfig:
         check(self.model != 4 or self.num_heads % 2 == 0, self, "num_heads", "even in Model 4")
         check(self.norm_eps > 0, self, "norm_eps", "positive")
 
-    takes_any_size: ClassVar[bool] = False
+    takes_any_size: ClassVar[Literal[False]] = False
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.array_types import PyTree
 
@@ -61,14 +61,14 @@ def partition_spec(names: Sequence[str | None], rules: Rules = LOGICAL_RULES) ->
     return PartitionSpec(*(None if not a else a[0] if len(a) == 1 else a for a in axes))
 
 
-def param_shardings(boxed_params: PyTree, mesh: Mesh, rules: Rules = LOGICAL_RULES) -> PyTree:
+def param_shardings(boxed_params: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = LOGICAL_RULES) -> PyTree:
     """Returns the sharding of every parameter.
 
     Args:
         boxed_params: what a model's `init` gives (or `jax.eval_shape` of it): leaves boxed by
             `nn.with_logical_partitioning`, whose names say how they are split; unboxed leaves are copied to all
             devices.
-        mesh: the mesh.
+        mesh: the mesh; one without devices suffices to see what it would split.
         rules: from logical axis to mesh axes.
 
     Returns:

@@ -22,7 +22,7 @@ from sora_jax.data.identity import data_fingerprints
 from sora_jax.diffusion import likelihood
 from sora_jax.diffusion.binomial import null_bits
 from sora_jax.evaluation.bound import BoundEstimate, estimate_bound
-from sora_jax.evaluation.density import MCGSMConfig, fit_gaussian, fit_mcgsm
+from sora_jax.evaluation.density import MCGSM, Gaussian, MCGSMConfig, fit_gaussian, fit_mcgsm
 from sora_jax.families.diffusion import DiffusionConfig, diffusion_task
 from sora_jax.families.load import load
 from sora_jax.files import write_whole
@@ -45,6 +45,7 @@ class DiffusionRun:
     Attributes:
         config: of the experiment.
         data_fingerprints: returns digests of the splits that are read, none of examples that are generated.
+        sample_sheet: draws a picture of images sampled by few steps, (H, W, 3) uint8; None for what is no image.
         unit: of the report's figures.
         headline: key and name of the figure that the report is about.
 
@@ -57,7 +58,10 @@ class DiffusionRun:
     def __init__(self, config: DiffusionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         self.config = config
         self._workdir, self._console = workdir, console
-        self._task = diffusion_task(config)
+        self._task = task = diffusion_task(config)
+        self.sample_sheet: Callable[[PyTree], np.ndarray] | None = None
+        if not task.of_bits and len(config.data.shape) == 3:
+            self.sample_sheet = functools.partial(pictures.sample_sheet, task)
         splits = (config.data.split, *config.data.eval_splits)
         self.data_fingerprints = functools.partial(data_fingerprints, config.data, splits)
         self._held_out = config.data.held_out(
@@ -82,10 +86,6 @@ class DiffusionRun:
             jax.process_index(),
             jax.process_count(),
         )
-
-    def sample_sheet(self, params: PyTree) -> np.ndarray:
-        """Returns a picture of images sampled by few steps, (H, W, 3) uint8."""
-        return pictures.sample_sheet(self._task, params)
 
     def selection_score(self) -> float:
         """Raises ValueError: no grid of learning rates is run."""
@@ -181,7 +181,8 @@ def score(
 def baselines(data: DeadLeavesConfig) -> Callable[[np.ndarray], Report]:
     """Returns what gives the mean log-likelihood of images under densities fitted to those that are trained on."""
     images = data.images(TRAIN)
-    densities = {"gaussian_bits": fit_gaussian(images), "mcgsm_bits": fit_mcgsm(images, MCGSMConfig())}
+    densities: dict[str, Gaussian | MCGSM] = {"gaussian_bits": fit_gaussian(images)}
+    densities["mcgsm_bits"] = fit_mcgsm(images, MCGSMConfig())
     return lambda held_out: {
         name: float(density.log_density(held_out).mean()) / held_out[0].size for name, density in densities.items()
     }

@@ -21,6 +21,8 @@ class DiTRun(packed.PackedRun):
         ValueError: as `PackedRun`, or other classes than the model's.
     """
 
+    config: ClassConditionalConfig
+
     def __init__(self, config: ClassConditionalConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
         self._pipeline: DiTPipeline | None = None
@@ -38,10 +40,11 @@ class DiTRun(packed.PackedRun):
             codec = load_codec(c.vae) if c.vae else None
             self._pipeline = DiTPipeline.of_experiment(self.config, params, codec)
         self._pipeline.params = params
+        height, width = (n * stride for n, stride in zip(c.size, self._pipeline.codec.strides[1:], strict=True))
         samples = self._pipeline(
             np.repeat(c.labels, c.columns),
             self.config.seed,
-            image_size=tuple(n * stride for n, stride in zip(c.size, self._pipeline.codec.strides[1:], strict=True)),
+            image_size=(height, width),
             num_steps=c.num_steps,
             guidance_scale=c.guidance_scale,
         )

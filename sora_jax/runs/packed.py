@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sora_jax.array_types import PyTree
 from sora_jax.components import CodecComponent, Components, ProcessComponent
-from sora_jax.config import ExperimentConfig, PackedDataConfig
+from sora_jax.config import PackedDataConfig
 from sora_jax.data.captions import CaptionTable
 from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
@@ -27,7 +27,7 @@ from sora_jax.families.load import load
 from sora_jax.models.text.minilm import load_text_encoder, text_encoder_component
 from sora_jax.parallel.multihost import first_process_first
 
-C = TypeVar("C", bound=ExperimentConfig)
+D = TypeVar("D", bound=PackedDataConfig)
 
 
 class PackedRun:
@@ -51,7 +51,7 @@ class PackedRun:
     sample_sheet: Any = None
 
     def __init__(self, config: Any, workdir: epath.Path, console: rich.console.Console) -> None:
-        self.config = without_missing_splits(config, console)
+        self.config = dataclasses.replace(config, data=without_missing_splits(config.data, console))
         self._workdir, self._console = workdir, console
         self.content = open_data(self.config.data)
         check_content(self.content, self.config.data, config.patch)
@@ -119,8 +119,8 @@ def caption_table(
         OSError: the table can be written neither beside the data nor in `workdir`.
     """
     contents = [open_data(data, split) for split in splits]
-    stored = [content.captions for content in contents]
-    if all(states is not None for states in stored):
+    stored = [content.captions for content in contents if content.captions is not None]
+    if len(stored) == len(contents):
         if stored[0].dim != text_dim:
             raise ValueError(
                 f"text_dim of the model must be the {stored[0].dim} of the caption states in {contents[0].path}, "
@@ -159,16 +159,16 @@ def caption_table(
     return first_process_first(find_or_build)
 
 
-def without_missing_splits(config: C, console: rich.console.Console) -> C:
+def without_missing_splits(data: D, console: rich.console.Console) -> D:
     """Returns the config without the held-out splits that the data set does not have, and says which these are."""
     from sora_jax.data.sources import split_names
 
-    there = dict.fromkeys(name for part in config.data.parts for name in split_names(part.path))
-    missing = [split for split in config.data.eval_splits if split not in there]
+    there = dict.fromkeys(name for part in data.parts for name in split_names(part.path))
+    missing = [split for split in data.eval_splits if split not in there]
     if missing:
         console.print(f"no held-out loss of {', '.join(missing)}: the data set has {', '.join(there)}", highlight=False)
-    kept = tuple(split for split in config.data.eval_splits if split in there)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_splits=kept))
+    kept = tuple(split for split in data.eval_splits if split in there)
+    return dataclasses.replace(data, eval_splits=kept)
 
 
 def codec_component(content: Content) -> CodecComponent:

@@ -27,7 +27,7 @@ SHEET_STEPS = 50  # of a sample sheet
 NOISE = 0.5  # standard deviation of what is removed again
 
 
-def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out: np.ndarray) -> Pictures:
+def draw(task: GaussianTask | BinomialTask, params: PyTree, estimate: BoundEstimate, held_out: np.ndarray) -> Pictures:
     """Returns all pictures of a trained model.
 
     Args:
@@ -40,7 +40,7 @@ def draw(task: DiffusionTask, params: PyTree, estimate: BoundEstimate, held_out:
     num_values = held_out[0].size if held_out.ndim == 4 else 1
     terms = np.asarray(likelihood.bits(estimate.terms.steps))[::-1, 0] / num_values
     pictures = {"bound.png": plots.bound_terms(terms, "value" if num_values > 1 else "example")}
-    if data.values == "bits":
+    if task.of_bits:
         return pictures | {"trajectories.png": heartbeat_trajectories(task, params, held_out[:count])}
     if len(data.shape) == 1:
         return pictures | {"trajectories.png": point_trajectories(task, params, held_out[:count])}

@@ -111,6 +111,8 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
             "data.row_length), a larger mesh.fsdp or model.remat full needs less."
         ) from error
     memory, program = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or program is None:
+        raise RuntimeError(f"the compiler for {topology} does not say what it made.")
     parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     code, aliased = memory.generated_code_size_in_bytes, memory.alias_size_in_bytes
     return StepPlan(
@@ -124,7 +126,7 @@ def plan_step(config: ExperimentConfig, topology: str) -> StepPlan:
         temporary_bytes=parts[2],
         code_bytes=code,
         total_bytes=sum(parts) + code - aliased,
-        hbm_bytes=hbm_bytes(devices),
+        hbm_bytes=_known_hbm_bytes(topology, devices),
         collectives=count_collectives(program),
         num_pallas_calls=program.count('custom_call_target="tpu_custom_call"'),
         compile_seconds=time.monotonic() - start,
@@ -145,16 +147,22 @@ def topology_devices(name: str) -> list[jax.Device]:
         raise MissingCompilerError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    examples = ", ".join(EXAMPLES)
     try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices: list[jax.Device] = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ")
-        raise ValueError(f"unknown topology {name!r} ({reason}); give one like {examples}.") from error
-    if hbm_bytes(devices) is None:
-        kind = devices[0].device_kind
-        raise ValueError(f"topology {name!r} has devices of kind {kind}, whose memory is not known; try {examples}.")
+        raise ValueError(f"unknown topology {name!r} ({reason}); give one like {', '.join(EXAMPLES)}.") from error
+    _known_hbm_bytes(name, devices)
     return devices
+
+
+def _known_hbm_bytes(name: str, devices: list[jax.Device]) -> int:
+    """Returns the memory of a topology's device; ValueError where it is not known."""
+    found = hbm_bytes(devices)
+    if found is None:
+        kind, examples = devices[0].device_kind, ", ".join(EXAMPLES)
+        raise ValueError(f"topology {name!r} has devices of kind {kind}, whose memory is not known; try {examples}.")
+    return found
 
 
 def lower_step(config: ExperimentConfig, mesh: Mesh) -> jax.stages.Lowered:

@@ -20,9 +20,7 @@ from sora_jax.config import MeshConfig
 from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.evaluation import plots
 from sora_jax.families.load import load
-from sora_jax.families.recognition import (
-    RecognitionConfig,
-)
+from sora_jax.families.recognition import RecognitionConfig
 from sora_jax.families.registry import make_task
 from sora_jax.files import write_whole
 from sora_jax.models.fine_tune import RecognitionModelConfig, start_from
@@ -54,6 +52,7 @@ class RecognitionRun(packed.PackedRun):
             model's positions.
     """
 
+    config: RecognitionConfig
     unit = ""
 
     def __init__(self, config: RecognitionConfig, workdir: epath.Path, console: rich.console.Console) -> None:
@@ -235,7 +234,7 @@ def check_source(config: RecognitionConfig, source: Content) -> None:
                 f"model.num_classes must be the {len(names)} classes of {source.path}, got {model.num_classes}."
             )
     if model.patch is None:
-        most = cells(config, source, max(config.data.sampling.sides[1], *config.test_sides, 0)).max(axis=0)
+        most = cells(config, source, max(config.data.sampling.largest_side, *config.test_sides, 0)).max(axis=0)
         least, largest = config.data.crop_aspect if config.data.crop == "random" else (1.0, 1.0)
         height, width = np.ceil(most * np.sqrt([max(1 / least, 1), max(largest, 1)]))
         frames = math.ceil(config.data.num_frames / config.patch.size[0])

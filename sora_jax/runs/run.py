@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import rich.console
@@ -18,17 +18,28 @@ from sora_jax.training.loop import Batches
 
 Report = dict[str, Any]
 
+if TYPE_CHECKING:  # what `FAMILIES` names is checked against `Run` and `Study`, and imported when it is asked for
+    from sora_jax.runs.diffusion import DiffusionRun
+    from sora_jax.runs.dit import DiTRun
+    from sora_jax.runs.recognition import RecognitionRun
+    from sora_jax.runs.sora import SoraRun
+
+    _RUNS: tuple[Callable[..., Run], ...] = (SoraRun, DiTRun)
+    _STUDIES: tuple[Callable[..., Study], ...] = (DiffusionRun, RecognitionRun)
+
 
 class Run(Protocol):
     """Made of (config, workdir, console); raises ValueError where the data or the config cannot work.
 
     Attributes:
         config: of the experiment, without what its data lacks.
-        sample_sheet: draws a sheet, (H, W, 3) uint8, of the averaged parameters; None where there is nothing to draw.
     """
 
     config: Any
-    sample_sheet: Callable[[PyTree], np.ndarray] | None
+
+    @property
+    def sample_sheet(self) -> Callable[[PyTree], np.ndarray] | None:
+        """Draws a sheet, (H, W, 3) uint8, of the averaged parameters; None where there is nothing to draw."""
 
     def data_fingerprints(self) -> dict[str, str]:
         """Returns digests of the splits that are read (`sora_jax.data.identity`)."""
@@ -48,15 +59,15 @@ class Run(Protocol):
 
 
 class Study(Run, Protocol):
-    """A run of a `sora_jax.config.StudyConfig`, which ends with a report.
+    """A run of a `sora_jax.config.StudyConfig`, which ends with a report."""
 
-    Attributes:
-        unit: of the report's figures.
-        headline: key and name of the figure that the report is about.
-    """
+    @property
+    def unit(self) -> str:
+        """Of the report's figures."""
 
-    unit: str
-    headline: tuple[str, str]
+    @property
+    def headline(self) -> tuple[str, str]:
+        """Key and name of the figure that the report is about."""
 
     def selection_score(self) -> float:
         """Returns the headline of the finished run on the split that learning rates are compared on."""

@@ -26,6 +26,8 @@ class SoraRun(packed.PackedRun):
         ValueError: as `PackedRun`, or an autoencoder of other latents than the data's.
     """
 
+    config: SoraConfig
+
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
         trained, codec = packed.codec_component(self.content), None

@@ -112,9 +112,12 @@ class Checkpointer:
             The state, and the data iterator's.
 
         Raises:
+            FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint is damaged, or of another model, naming the first parameter that differs.
         """
         step = self.latest_step if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"{self._directory} has no checkpoint.")
         directory = self._directory / str(step)
         with _reading(directory):
             params = self._manager.item_metadata(step)["params"].tree

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from sora_jax.training import state, step
 from sora_jax.training.optimizer import make_optimizer
@@ -37,12 +37,12 @@ def jaxpr_flops(jaxpr: Jaxpr) -> int:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            sizes = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes[axis] for axis in contracted)
+            sizes = _shape(eqn.invars[0])
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(sizes[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
+            kernel = _shape(eqn.invars[1])
             out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_features
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // out_features
         elif name == "cond":
             total += max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
         else:
@@ -52,6 +52,11 @@ def jaxpr_flops(jaxpr: Jaxpr) -> int:
             times = {"scan": params.get("length", 1), "pallas_call": _grid_size(params)}.get(name, 1)
             total += inner * times
     return total
+
+
+def _shape(atom: Var | Literal) -> tuple[int, ...]:
+    """Returns the shape of an operand or a result."""
+    return cast(jax.core.ShapedArray, atom.aval).shape  # the operands of products are arrays and no tokens
 
 
 def sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:

@@ -262,18 +262,18 @@ def _steps(
         stop = run.guard.reached(step)
         last = step == config.num_steps
         with stopwatch.apart():
-            loss = None
+            loss: float | None = None
             if config.eval_every and (step % config.eval_every == 0 or last) and not stop:
                 scores = held_out.scores(state.ema_params)
                 if scores:
                     loss = float(np.mean([score["loss"] for score in scores.values()]))
                     names = {f"held_out_{name}/{split}": (split, name) for split in scores for name in scores[split]}
                     telemetry.write(step, {key: scores[split][name] for key, (split, name) in names.items()})
-            best = loss is not None and loss < run.best_loss
+            best_loss = run.best_loss if loss is None else min(run.best_loss, loss)
+            best = best_loss < run.best_loss
             if step % config.save_every == 0 or last or stop or best:
                 run.save(step, state, loss)
-            if best:
-                run.best_loss = loss
+            run.best_loss = best_loss
             if sample_sheet and config.sample_every and (step % config.sample_every == 0 or last) and not stop:
                 _sample(run, step, state, sample_sheet)
         if stop and not last:

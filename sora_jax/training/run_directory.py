@@ -51,7 +51,7 @@ class DataChangedError(ValueError):
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested dicts as one with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -97,7 +97,8 @@ def check_config(
         ConfigChangedError: a field differs that would make this another run (all but `CHANGEABLE`), or `num_steps`
             is below the step already reached; names the field and both values.
     """
-    own, changeable = read_config(directory, type(config)), CHANGEABLE
+    own = read_config(directory, type(config))
+    changeable: tuple[str, ...] = CHANGEABLE
     if path_may_change:
         own, changeable = _at_places_of(own, config), (*CHANGEABLE, "data.path")
     before, asked = flatten(to_values(own)), flatten(to_values(config))

@@ -7,6 +7,7 @@ The gradient of accumulated batches is that of one large batch: each batch's mea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,17 @@ from sora_jax.training.optimizer import ema_update, learning_rate
 from sora_jax.training.state import TrainState
 from sora_jax.training.task import Loss, Metrics, Task
 
-TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]
+
+class TrainStep(Protocol):
+    """The compiled `update`; like whatever `jax.jit` returns it can be lowered for shapes alone."""
+
+    def __call__(self, state: TrainState, batches: PyTree, rows: Array, /) -> tuple[TrainState, Metrics]:
+        """Returns the next state and the metrics; the state is donated."""
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """Returns what is traced of such arguments, ready to be compiled."""
+
+
 EvalStep = Callable[[PyTree, PyTree, Array, Array], Loss]
 
 

@@ -29,13 +29,11 @@ class Loss(NamedTuple):
 
 
 class Task(Protocol):
-    """A model, its loss and its batches: all that differs between one run and another.
+    """A model, its loss and its batches: all that differs between one run and another."""
 
-    Attributes:
-        config: of the experiment.
-    """
-
-    config: ExperimentConfig
+    @property
+    def config(self) -> ExperimentConfig:
+        """Of the experiment; each family's has its own class."""
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Returns freshly drawn parameters, boxed with their logical axes; may be traced for their shapes alone."""

@@ -186,6 +186,6 @@ def test_several_hosts_that_nothing_names_are_an_error(script, capsys, monkeypat
 
 def test_held_out_splits_that_the_data_lacks_are_left_out_and_named(capsys, monkeypatch):
     monkeypatch.setattr("sora_jax.data.sources.split_names", lambda path: ["train", "unseen"])
-    config = without_missing_splits(SoraConfig(), rich.console.Console(stderr=True))
-    assert config.data.eval_splits == ("unseen",)
+    data = without_missing_splits(SoraConfig().data, rich.console.Console(stderr=True))
+    assert data.eval_splits == ("unseen",)
     assert "no held-out loss of compositional: the data set has train, unseen" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from sora_jax.families.diffusion import (
     BinomialConfig,
     DiffusionConfig,
     GaussianConfig,
-    GaussianTask,
     diffusion_task,
     spread_steps,
 )
@@ -112,7 +111,7 @@ def test_simple_loss_of_a_network_that_says_nothing():
         data=SwissRollConfig(batch_size=20_000),
         model=dataclasses.replace(ROLL.model, out_channels=2, num_steps=50),
     )
-    task = GaussianTask(config)
+    task = diffusion_task(config)
     zero = jax.tree.map(jnp.zeros_like, states.unboxed_params(task))
     batch = random_batch(config)
     loss = task.loss(zero, batch, jnp.arange(len(batch)), jax.random.key(0), training=False)
@@ -121,7 +120,7 @@ def test_simple_loss_of_a_network_that_says_nothing():
 
 def test_learned_betas_begin_as_the_schedule_and_keep_the_first():
     process = dataclasses.replace(ROLL.process, learn_betas=True)
-    task = GaussianTask(dataclasses.replace(ROLL, process=process))
+    task = diffusion_task(dataclasses.replace(ROLL, process=process))
     params = states.unboxed_params(task)
     for found, expected in zip(task.levels(params), discrete_levels(process.betas()), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
@@ -139,8 +138,8 @@ def test_learned_betas_begin_as_the_schedule_and_keep_the_first():
 def test_hybrid_gives_the_mean_no_gradient_of_the_bound(prediction):
     """The weights of what is predicted get the gradient of the simple loss alone; only the variance's see the bound."""
     process = dataclasses.replace(ROLL.process, loss="hybrid", prediction=prediction)
-    task = GaussianTask(dataclasses.replace(ROLL, process=process))
-    simple = GaussianTask(
+    task = diffusion_task(dataclasses.replace(ROLL, process=process))
+    simple = diffusion_task(
         dataclasses.replace(
             ROLL,
             process=dataclasses.replace(process, variance="small", loss="simple"),
@@ -161,7 +160,7 @@ def test_hybrid_gives_the_mean_no_gradient_of_the_bound(prediction):
 
 def test_a_held_out_batch_is_spread_over_all_steps_whatever_is_accumulated():
     optimizer = dataclasses.replace(ROLL.optimizer, accumulation_steps=4)
-    task, one = (GaussianTask(dataclasses.replace(ROLL, optimizer=o)) for o in (optimizer, ROLL.optimizer))
+    task, one = (diffusion_task(dataclasses.replace(ROLL, optimizer=o)) for o in (optimizer, ROLL.optimizer))
     key, rows = jax.random.key(0), jnp.arange(8)
     np.testing.assert_array_equal(task.draw(rows, key, 1000, False)[0], one.draw(rows, key, 1000, True)[0])
     both = jnp.concatenate([task.draw(rows + 8 * n, key, 32, True)[0] for n in range(4)])
