@@ -17,6 +17,7 @@ def test_ruff(command):
     assert result.returncode == 0, f"ruff {' '.join(command)} found:\n{result.stdout}{result.stderr}"
 
 
+@pytest.mark.slow
 def test_types():
     result = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"mypy found:\n{result.stdout}{result.stderr}"
