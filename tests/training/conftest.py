@@ -7,11 +7,14 @@ from sora_jax.config import PackedDataConfig
 from sora_jax.training import loop
 
 
+OF_THE_LOOP = ("log_every", "eval_every", "eval_batches", "save_every", "keep", "sample_every")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """Runs with the same config share their compiled functions: most of a tiny run's time is tracing."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     patch = pytest.MonkeyPatch()
     for name in ("make_train_step", "make_eval_step"):
         patch.setattr(loop, name, _remember(getattr(loop, name)))
@@ -24,8 +27,9 @@ def _remember(make):
     made = {}
 
     def remembered(task, *rest):
-        config = task.config
-        if isinstance(config.data, PackedDataConfig):  # where the data lies and who reads it compiles to the same
+        # What the loop does between updates, where the data lies and who reads it compiles to the same.
+        config = dataclasses.replace(task.config, **{field: 1 for field in OF_THE_LOOP})
+        if isinstance(config.data, PackedDataConfig):
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="", num_workers=0))
         if config not in made:
             made[config] = make(task, *rest)
