@@ -6,7 +6,6 @@ import pytest
 from sora_jax.config import PackedDataConfig
 from sora_jax.training import loop
 
-
 OF_THE_LOOP = ("log_every", "eval_every", "eval_batches", "save_every", "keep", "sample_every")
 
 
