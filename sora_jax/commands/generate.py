@@ -15,8 +15,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import emoji
 import numpy as np
@@ -82,13 +83,10 @@ def generate_clips(options: GenerateOptions) -> None:
         raise ValueError(f"--scale must be a whole number of at least 1, got {options.scale}.")
 
     # Imported late, so that --help and a bad option answer at once.
-    from sora_jax.generation import video_io
     from sora_jax.generation.pipeline import SoraPipeline
     from sora_jax.generation.progress import ProgressBar
 
-    check_writable("--output", options.output, directory=True)
-    if options.json is not None:
-        check_writable("--json", options.json)
+    check_outputs(options)
     pipeline = SoraPipeline.from_pretrained(options.checkpoint, options.vae)
     sample = pipeline.config.sample
     shapes = {
@@ -111,37 +109,17 @@ def generate_clips(options: GenerateOptions) -> None:
         progress=ProgressBar(),
     )
     sampled = time.perf_counter()
-
-    output = epath.Path(options.output)
-    report = []
-    for index, (prompt, frames, fps) in enumerate(zip(prompts, clips, shapes["fps"], strict=True)):
-        name = f"{index:03d}-{slug(prompt)}"
-        if len(frames) == 1:
-            path = video_io.write_image(output / f"{name}.png", frames[0], options.scale)
-        else:
-            path = video_io.write_video(output / f"{name}.mp4", frames, fps, options.scale)
-        length, height, width = frames.shape[:3]
-        factor = video_io.viewing_scale(height, width, options.scale)
-        print(f"{path}  {length} x {height} x {width} at {fps:g} fps, shown {factor} times as large: {prompt!r}")
-        report.append(
-            {"prompt": prompt, "file": str(path), "num_frames": length, "height": height, "width": width}
-            | {"fps": fps, "seed": options.seed + index, "scale": factor}
-        )
-    sheet = video_io.contact_sheet(clips, [prompt.strip() or "(no prompt)" for prompt in prompts])
-    sheet_path = video_io.write_image(output / "sheet.png", sheet)
-    seconds = {"load": loaded - start, "sample": sampled - loaded, "write": time.perf_counter() - sampled}
-    seconds["total"] = time.perf_counter() - start
-    print(f"{sheet_path}  the contact sheet")
-    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-    if options.json is not None:
-        settings = {
-            "checkpoint": options.checkpoint or "default",
-            "sampler": options.sampler or "euler",
-            "num_steps": options.num_steps or sample.num_steps,
-            "guidance_scale": sample.guidance_scale if options.guidance_scale is None else options.guidance_scale,
-        }
-        result = {**settings, "clips": report, "sheet": str(sheet_path), "seconds": seconds}
-        write_whole(options.json, json.dumps(result, indent=2) + "\n")
+    settings = {
+        "checkpoint": options.checkpoint or "default",
+        "sampler": options.sampler or "euler",
+        "num_steps": options.num_steps or sample.num_steps,
+        "guidance_scale": sample.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+    }
+    made = [
+        Made(clip, prompt.strip() or "(no prompt)", slug(prompt), fps, {"prompt": prompt, "seed": options.seed + index})
+        for index, (prompt, clip, fps) in enumerate(zip(prompts, clips, shapes["fps"], strict=True))
+    ]
+    write_results(options, made, "clips", settings, (start, loaded, sampled))
 
 
 def generate_classes(options: GenerateOptions) -> None:
@@ -158,14 +136,11 @@ def generate_classes(options: GenerateOptions) -> None:
     if options.guided_channels < 0:
         raise ValueError(f"--guided-channels must be 0 (all) or more, got {options.guided_channels}.")
 
-    from sora_jax.generation import video_io
     from sora_jax.generation.dit_pipeline import DiTPipeline
     from sora_jax.generation.progress import ProgressBar
     from sora_jax.pixels import to_pixels
 
-    check_writable("--output", options.output, directory=True)
-    if options.json is not None:
-        check_writable("--json", options.json)
+    check_outputs(options)
     pipeline = DiTPipeline.from_pretrained(options.checkpoint, options.vae)
     num_classes = pipeline.config.num_classes
     # The null class, of which no image is meant to be seen, is none of them.
@@ -189,20 +164,80 @@ def generate_classes(options: GenerateOptions) -> None:
     images = pipeline(options.class_labels, options.seed, image_size=size, progress=ProgressBar(), **settings)
     sampled = time.perf_counter()
     frames = to_pixels(np.broadcast_to(images, (*images.shape[:-1], 3)))
-    output, report = epath.Path(options.output), []
-    for index, (label, frame) in enumerate(zip(options.class_labels, frames, strict=True)):
-        path = video_io.write_image(output / f"{index:03d}-class-{label}.png", frame, options.scale)
-        print(f"{path}  {size[0]} x {size[1]}: class {label}")
-        report.append({"label": label, "file": str(path), "height": size[0], "width": size[1]})
-    captions = [f"class {label}" for label in options.class_labels]
-    sheet_path = video_io.write_image(output / "sheet.png", video_io.contact_sheet(list(frames[:, None]), captions))
+    made = [
+        Made(frame[None], f"class {label}", f"class-{label}", 1.0, {"label": label})
+        for label, frame in zip(options.class_labels, frames, strict=True)
+    ]
+    settings = {"checkpoint": options.checkpoint, **settings, "seed": options.seed}
+    write_results(options, made, "images", settings, (start, loaded, sampled))
+
+
+def check_outputs(options: GenerateOptions) -> None:
+    """Raises ValueError or OSError where the files could not be written, before anything is sampled."""
+    check_writable("--output", options.output, directory=True)
+    if options.json is not None:
+        check_writable("--json", options.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A clip that was sampled.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8; one frame is a picture.
+        caption: beside it in the sheet.
+        name: of its file, after its number.
+        fps: frames a second.
+        facts: what the report says of it besides its file and its size.
+    """
+
+    frames: np.ndarray
+    caption: str
+    name: str
+    fps: float
+    facts: dict[str, Any]
+
+
+def write_results(
+    options: GenerateOptions,
+    made: Sequence[Made],
+    kind: str,
+    settings: dict[str, Any],
+    times: tuple[float, float, float],
+) -> None:
+    """Writes a file of each clip, the contact sheet and the report, and prints where they are and how long it took.
+
+    Args:
+        options: say where to.
+        made: the clips.
+        kind: key of their list in the report.
+        settings: what the report says of all of them.
+        times: when the command began, when the model was loaded and when the clips were sampled, in seconds.
+    """
+    from sora_jax.generation import video_io
+
+    output = epath.Path(options.output)
+    report = []
+    for index, clip in enumerate(made):
+        name, (length, height, width) = f"{index:03d}-{clip.name}", clip.frames.shape[:3]
+        if length == 1:
+            path = video_io.write_image(output / f"{name}.png", clip.frames[0], options.scale)
+        else:
+            path = video_io.write_video(output / f"{name}.mp4", clip.frames, clip.fps, options.scale)
+        factor = video_io.viewing_scale(height, width, options.scale)
+        rate = f" at {clip.fps:g} fps" if length > 1 else ""
+        print(f"{path}  {length} x {height} x {width}{rate}, shown {factor} times as large: {clip.caption!r}")
+        size = {"num_frames": length, "height": height, "width": width, "fps": clip.fps, "scale": factor}
+        report.append(clip.facts | {"file": str(path)} | size)
+    sheet = video_io.contact_sheet([clip.frames for clip in made], [clip.caption for clip in made])
+    sheet_path = video_io.write_image(output / "sheet.png", sheet)
     print(f"{sheet_path}  the contact sheet")
+    start, loaded, sampled = times
     seconds = {"load": loaded - start, "sample": sampled - loaded, "write": time.perf_counter() - sampled}
     seconds["total"] = time.perf_counter() - start
     print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     if options.json is not None:
-        result = {"checkpoint": options.checkpoint, **settings, "seed": options.seed, "images": report}
-        result |= {"sheet": str(sheet_path), "seconds": seconds}
+        result = {**settings, kind: report, "sheet": str(sheet_path), "seconds": seconds}
         write_whole(options.json, json.dumps(result, indent=2) + "\n")
 
 
