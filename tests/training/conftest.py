@@ -6,7 +6,7 @@ import pytest
 from sora_jax.config import PackedDataConfig
 from sora_jax.training import loop
 
-OF_THE_LOOP = ("log_every", "eval_every", "eval_batches", "save_every", "keep", "sample_every")
+OF_THE_LOOP = dict(log_every=1, eval_every=1, eval_batches=1, save_every=1, keep=1, sample_every=0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def _remember(make):
 
     def remembered(task, *rest):
         # What the loop does between updates, where the data lies and who reads it compiles to the same.
-        config = dataclasses.replace(task.config, **{field: 1 for field in OF_THE_LOOP})
+        config = dataclasses.replace(task.config, **OF_THE_LOOP)
         if isinstance(config.data, PackedDataConfig):
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="", num_workers=0))
         if config not in made:
