@@ -75,7 +75,7 @@ def parse(text: str) -> Document:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}.")
     version = values.pop("version", None)
-    if version != CONFIG_VERSION and (type(version) is not int or version not in MIGRATIONS):
+    if type(version) is not int or version not in (*MIGRATIONS, CONFIG_VERSION):
         raise ValueError(f"this code reads versions up to {CONFIG_VERSION} of the config, got {version!r}.")
     for old in range(version, CONFIG_VERSION):
         values = MIGRATIONS[old](values)

@@ -34,10 +34,12 @@ def add_kind(values: dict[str, Any]) -> dict[str, Any]:
 
 def _with_latents_in_rows(values: dict[str, Any]) -> dict[str, Any]:
     """Writes how a DiT read its latents as pictures are read: one of one size a row, mirrored half the time."""
-    data = values.get("data", {})
+    data, network = values.get("data"), values.get("model")
+    if not all(isinstance(part, dict) for part in (data, network)):
+        return values  # which the config refuses, naming the field
     if "class_dropout" not in values or "sampling" in data or "row_length" not in data:
         return values
-    size = values.get("model", {}).get("image_size")
+    size = network.get("image_size")
     rows = {"sampling": {"size": size}, "max_segments": 1, "num_bins": 1, "num_shards": 1, "flip": 0.5}
     return {**values, "data": {**data, **rows}}
 

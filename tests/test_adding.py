@@ -3,6 +3,8 @@
 import importlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import chex
 import pytest
@@ -39,6 +41,17 @@ def family(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.FAMILIES, kind, added)
     (tmp_path / "bottleneck_small.py").write_text(code["bottleneck_small.py"])
     return tmp_path
+
+
+def test_the_files_pass_the_linter(tmp_path):
+    for name, code in blocks().items():
+        if name.startswith("sora_jax/") and name.endswith(".py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"# {name}\n{code}")
+    config = ["--config", str(ROOT / "pyproject.toml"), "--ignore", "I001"]  # which asks where the package lies
+    command = [sys.executable, "-m", "ruff", "check", *config, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_a_new_family_trains_resumes_loads_and_exports(family):

@@ -272,6 +272,9 @@ class ExportCommand:
             if hasattr(getattr(config, part, None), field):
                 there = dataclasses.replace(getattr(config, part), **{field: ""})
                 config = dataclasses.replace(config, **{part: there})
+        if getattr(config.data, "mixture", ()):  # which data it was, without the way to it
+            named = [dataclasses.replace(p, path="/".join(epath.Path(p.path).parts[-2:])) for p in config.data.mixture]
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=tuple(named)))
         export_model(output, config, loaded.params, self.storage_dtype, loaded.components)
         files = {name: (output / name).stat().length for name in ("model.safetensors", "config.json")}
         return {"output": self.output, "files": files}

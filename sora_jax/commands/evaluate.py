@@ -1,7 +1,7 @@
 """Measures a trained model.
 
-`sample` draws samples of a DiT, over all devices, and goes on where it was stopped. `sweep` draws and scores them for
-several numbers of steps and scales of guidance.
+`sample` draws samples of a model of any family, over all devices, and goes on where it was stopped. `sweep` draws and
+scores them for several numbers of steps and scales of guidance.
 `fid` scores samples (an .npz file with arr_0, or a folder of pictures) against a reference: FID, sFID, Inception Score,
 precision and recall with Inception, or those of EfficientNet-Lite0's features, named so. `reference` writes the
 reference statistics of a data set. `nearest` asks a model for training captions, at the sizes of their clips, and says

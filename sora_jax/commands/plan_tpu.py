@@ -22,6 +22,7 @@ import rich.console
 import rich.table
 import tyro
 
+from sora_jax.commands.arguments import REGISTRY, UnusableArgumentError
 from sora_jax.commands.process import prepare_process
 from sora_jax.config import ExperimentConfig
 from sora_jax.configs import config_names, load_config
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")  # the compiler runs here; a chip that is here stays free
         with rich.console.Console(stderr=True).status(f"compiling for {arguments.topology}"):
             plan = plan_step(arguments.config, arguments.topology)
-    except (ValueError, MissingCompilerError, OutOfMemoryError) as error:
+    except (ValueError, UnusableArgumentError, MissingCompilerError, OutOfMemoryError) as error:
         print(f"plan_tpu.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError | UnusableArgumentError) else 1
     rich.console.Console().print(plan_table(arguments.name, plan))
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
@@ -71,6 +72,7 @@ def parse(argv: list[str]) -> Arguments:
 
     Raises:
         ValueError: CONFIG is missing or unknown.
+        UnusableArgumentError: a value that cannot be read.
     """
     default: ExperimentConfig = SoraConfig()
     if argv and not argv[0].startswith("-"):
@@ -83,6 +85,7 @@ def parse(argv: list[str]) -> Arguments:
         description=__doc__,
         default=Arguments(name=tyro.MISSING, config=default, topology=tyro.MISSING),
         config=(tyro.conf.AvoidSubcommands,),  # a config's own kinds of data and model
+        registry=REGISTRY,
     )
 
 

@@ -35,9 +35,10 @@ import rich.table
 import tyro
 from etils import epath
 
+from sora_jax.commands.arguments import REGISTRY, UnusableArgumentError
 from sora_jax.commands.host_memory import keep_freed_memory
 from sora_jax.commands.process import prepare_process
-from sora_jax.config import ExperimentConfig, MixturePart, StudyConfig
+from sora_jax.config import ExperimentConfig, StudyConfig
 from sora_jax.configs import config_names, load_config
 from sora_jax.families.load import check_family
 from sora_jax.families.registry import task_for
@@ -47,30 +48,6 @@ from sora_jax.runs.costs import step_costs
 from sora_jax.runs.run import make_run, run_class
 from sora_jax.runs.study import mean_over_seeds, report_table
 from sora_jax.training.loop import Outcome, train
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _mixture_part(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Reads a part of `data.mixture` as PATH=WEIGHT; what else it may have is for a config's file to say."""
-    if info.type is not MixturePart:
-        return None
-
-    def read(words: list[str]) -> MixturePart:
-        path, _, weight = words[0].rpartition("=")
-        try:
-            return MixturePart(path, float(weight))
-        except ValueError as error:
-            raise ValueError(f"a part of the mixture must be PATH=WEIGHT, got {words[0]!r}: {error}") from error
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH=WEIGHT",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, MixturePart),
-        str_from_instance=lambda part: [f"{part.path}={part.weight:g}"],
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +100,9 @@ def parse(argv: list[str]) -> Arguments:
             description=__doc__,
             default=Arguments(name=tyro.MISSING, config=default),
             config=(tyro.conf.AvoidSubcommands,),  # a config's own kinds of data and model
-            registry=_REGISTRY,
+            registry=REGISTRY,
         )
-    except ValueError as error:  # of the config as a whole; tyro itself reports those of its parts
+    except (ValueError, UnusableArgumentError) as error:  # of the config as a whole; tyro reports those of its parts
         unusable(str(error))
     if not arguments.dry_run:
         if arguments.workdir is None:

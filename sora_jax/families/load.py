@@ -64,6 +64,12 @@ class Description:
         """Whether the config is an experiment's, rather than a network's."""
         return self.kind in FAMILIES
 
+    @property
+    def pixels(self) -> bool | None:
+        """Whether it was trained on pixels, rather than on latents; None where it is too old to say so."""
+        codec = self.components.codec
+        return None if codec is None else codec.kind == "identity"
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(Description):
@@ -89,8 +95,10 @@ def describe(path: epath.PathLike) -> Description:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no run, checkpoint or exported model at {path}.")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: name the directory of a run, an exported model or converted weights.")
     file = run_directory_of(path) / CONFIG_FILE
-    if not file.exists():
+    if not file.is_file():
         if runs := [run.parent.name for run in sorted(path.glob(f"*/{CONFIG_FILE}"))]:
             raise ValueError(f"{path} holds several runs or models, name one of them: {', '.join(runs)}.")
         raise FileNotFoundError(
@@ -99,8 +107,8 @@ def describe(path: epath.PathLike) -> Description:
     document = read_document(file)
     if document.kind not in {**FAMILIES, **NETWORKS}:
         raise ValueError(
-            f"{file} is of {'no kind' if document.kind is None else f'the kind {document.kind!r}'} that is known; the "
-            f"kinds are {', '.join([*FAMILIES, *NETWORKS])}."
+            f"{file} is of {'no kind' if document.kind is None else f'an unknown kind, {document.kind!r}'}; those that "
+            f"are known are {', '.join([*FAMILIES, *NETWORKS])}."
         )
     in_family = document.kind in FAMILIES
     cls = config_class(document.kind) if in_family else NETWORKS[document.kind].config_class()
@@ -150,13 +158,15 @@ def load(
 
     Raises:
         FileNotFoundError: there is no model at `path`.
-        ValueError: another kind of model, or parameters that are not those of its config or not finite, naming the
-            first.
+        ValueError: another kind of model, a dtype of no real numbers, or parameters that are not those of its config or
+            not finite, naming the first.
     """
     found = describe(path)
     if kinds:
         expect(found, *kinds)
     path, dtype = found.path, jax.numpy.dtype(dtype or np.float32)
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise ValueError(f"dtype must be that of real numbers, such as float32 or bfloat16, got {dtype}.")
     boxed = _boxed_params(found)
     expected = nn.meta.unbox(boxed)
     weights = path / WEIGHTS_FILE
@@ -220,8 +230,7 @@ def codec_of(
         FileNotFoundError: a file that is missing.
         ValueError: files that do not make an autoencoder, a model of pixels, or latents of another number of channels.
     """
-    trained = model.components.codec
-    if pixels if trained is None else trained.kind == "identity":
+    if pixels if model.pixels is None else model.pixels:
         raise ValueError(f"{model.path} makes pixels, which no autoencoder decodes: leave vae out, got {str(vae)!r}.")
     codec = load_codec(vae, devices=devices)
     if codec.channels != channels:
@@ -229,11 +238,11 @@ def codec_of(
             f"{model.path} makes latents of {channels} channels, and those of the autoencoder {vae} have "
             f"{codec.channels}."
         )
-    warn_of_difference(model.components, Components(codec=codec_component(vae, codec)), str(model.path))
+    warn_of_difference(model.components, Components(codec=_component(vae, codec)), str(model.path))
     return codec
 
 
-def codec_component(path: epath.PathLike, codec: ImageCodec) -> CodecComponent:
+def _component(path: epath.PathLike, codec: ImageCodec) -> CodecComponent:
     """Returns what says of the codec that was loaded from `path` which one it is."""
     return CodecComponent(codec.kind, weights_fingerprint(path), codec.scale)
 

@@ -78,7 +78,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-# What draws sets of images of a model, by the dataclass of its config: of runs and of converted weights.
+# What draws sets of images of a model, by its kind: of runs and of converted weights.
 SAMPLED: dict[str, str] = {
     "sora": "sora_jax.generation.sets:TextSet",
     "dit": "sora_jax.generation.sets:ClassSet",

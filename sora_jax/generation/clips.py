@@ -144,8 +144,8 @@ class ClipGenerator:
         method = self.generator.process.sampler(sampler)
         if not is_number(num_steps, np.integer):
             raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}.")
-        if interval is not None and not interval[0] <= interval[1]:
-            raise ValueError(f"interval must be (lowest, highest) with lowest <= highest, got {interval}.")
+        if interval is not None and not (np.shape(interval) == (2,) and interval[0] <= interval[1]):
+            raise ValueError(f"the interval of guidance must be (lowest, highest), lowest <= highest, got {interval}.")
         canvas, at_once = self._canvas(requests, int(num_steps))
         draw = canvas_draw(canvas, [r.seed for r in requests], [r.guidance_scale for r in requests])
         patches = self.generator(

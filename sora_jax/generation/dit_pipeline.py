@@ -106,7 +106,7 @@ class DiTPipeline:
         codec = None if vae is None else codec_of(loaded, vae, config.in_channels, devices, pixels)
         if experiment is None:
             return cls(config, params, codec, devices=devices)
-        return cls.of_experiment(experiment, params, codec, devices)
+        return cls.of_experiment(experiment, params, codec, devices, loaded.pixels is not False)
 
     @classmethod
     def of_experiment(
@@ -115,6 +115,7 @@ class DiTPipeline:
         params: PyTree,
         codec: Codec | None = None,
         devices: Sequence[jax.Device] | None = None,
+        pixels: bool = True,
     ) -> DiTPipeline:
         """Returns the pipeline of what an experiment trains, on its process.
 
@@ -123,8 +124,9 @@ class DiTPipeline:
             params: of its model, unboxed.
             codec: see the class.
             devices: see the class.
+            pixels: whether values may be clipped to those of pixels, where the config takes them for such.
         """
-        return cls(config.model, params, codec, config.sampled_process(codec is None), devices)
+        return cls(config.model, params, codec, config.sampled_process(pixels and codec is None), devices)
 
     @property
     def params(self) -> PyTree:

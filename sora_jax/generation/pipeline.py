@@ -112,6 +112,8 @@ class SoraPipeline:
         from sora_jax.models.text.minilm import load_text_encoder
 
         loaded = load(DEFAULT_MODEL if path is None else path, kinds=("sora",))
+        if vae is None and loaded.pixels is False:
+            raise ValueError(f"{loaded.path} makes latents: name the autoencoder that decodes them, vae.")
         channels = loaded.config.patch.channels
         codec = None if vae is None else codec_of(loaded, vae, channels, devices, pixels=channels == RGB)
         encoder = load_text_encoder()

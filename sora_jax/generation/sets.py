@@ -15,17 +15,16 @@ import numpy as np
 from etils import epath
 
 from sora_jax.array_types import Array, Int, NumpyArray, PyTree
-from sora_jax.components import Components, warn_of_difference
 from sora_jax.diffusion.process import DiscreteProcess, GaussianConfig, Process
 from sora_jax.families.diffusion import diffusion_task
-from sora_jax.families.load import codec_component, describe, expect, load, load_codec
+from sora_jax.families.load import codec_of, describe, expect, load
 from sora_jax.families.registry import SAMPLED, imported
 from sora_jax.generation.canvas import make_requests
 from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.generation.generator import Generator, plain_draw, sample_seeds
 from sora_jax.generation.pipeline import SoraPipeline
 from sora_jax.models.unet import UNet
-from sora_jax.pixels import to_pixels
+from sora_jax.pixels import RGB, to_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +157,8 @@ class TextSet:
 
         loaded = load(path, averaged=options.averaged, kinds=("sora",))
         config, params = loaded.config, loaded.params
-        codec = None if options.vae is None else load_codec(options.vae)
-        if codec is not None:
-            component = codec_component(options.vae, codec)
-            warn_of_difference(loaded.components, Components(codec=component), str(path))
+        channels = config.patch.channels
+        codec = None if options.vae is None else codec_of(loaded, options.vae, channels, pixels=channels == RGB)
         self._options, self._pipeline = options, SoraPipeline(config, params, load_text_encoder(), codec)
         self.name, self.precision = f"Sora width {config.model.width} depth {config.model.depth}", config.model.dtype
         self.params = self._pipeline.params

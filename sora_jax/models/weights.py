@@ -150,7 +150,11 @@ def read_document(path: epath.PathLike) -> Document:
         ValueError: it is none, or of no version that is known, naming the file.
     """
     path = epath.Path(path)
-    text = path.read_text()
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {what_else(data[:1000]) or 'is no text'}.") from error
     try:
         return parse(text)
     except json.JSONDecodeError as error:

@@ -9,7 +9,6 @@ from etils import epath
 from sora_jax.array_types import PyTree
 from sora_jax.evaluation import plots
 from sora_jax.families.dit import ClassConditionalConfig
-from sora_jax.families.load import load_codec
 from sora_jax.generation.dit_pipeline import DiTPipeline
 from sora_jax.runs import packed
 
@@ -18,7 +17,7 @@ class DiTRun(packed.PackedRun):
     """A run on labelled pictures or latents; see `PackedRun`.
 
     Raises:
-        ValueError: as `PackedRun`, or other classes than the model's.
+        ValueError: as `PackedRun`, other classes than the model's, or an autoencoder of other latents than the data's.
     """
 
     config: ClassConditionalConfig
@@ -26,6 +25,7 @@ class DiTRun(packed.PackedRun):
     def __init__(self, config: ClassConditionalConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
         self._pipeline: DiTPipeline | None = None
+        self._codec = self.sheet_codec(config.model.in_channels)
         names = self.content.label_names
         if len(names) != config.model.num_classes:
             raise ValueError(
@@ -36,9 +36,9 @@ class DiTRun(packed.PackedRun):
     def sample_sheet(self, params: PyTree) -> np.ndarray:
         """Returns a picture of guided samples, a class a row, always of the same noise, (H, W, 3) uint8."""
         c = self.config.sample
-        if self._pipeline is None:  # compiles once, and reads the autoencoder
-            codec = load_codec(c.vae) if c.vae else None
-            self._pipeline = DiTPipeline.of_experiment(self.config, params, codec)
+        if self._pipeline is None:  # compiles once
+            pixels = packed.content_codec(self.content).kind == "identity"
+            self._pipeline = DiTPipeline.of_experiment(self.config, params, self._codec, pixels=pixels)
         self._pipeline.params = params
         height, width = (n * stride for n, stride in zip(c.size, self._pipeline.codec.strides[1:], strict=True))
         samples = self._pipeline(

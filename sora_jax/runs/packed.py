@@ -23,7 +23,8 @@ from sora_jax.data.content import Content, check_content, open_data
 from sora_jax.data.identity import data_fingerprints
 from sora_jax.data.pipeline import make_pipeline
 from sora_jax.data.sources import find_dataset
-from sora_jax.families.load import load
+from sora_jax.families.load import Description, codec_of, load
+from sora_jax.models.autoencoder.codec import ImageCodec
 from sora_jax.models.text.minilm import load_text_encoder, text_encoder_component
 from sora_jax.parallel.multihost import first_process_first
 
@@ -76,9 +77,22 @@ class PackedRun:
         data, process = self.config.data, self.config.process_kind
         return Components(
             text_encoder=text_encoder_component(data.max_caption_tokens) if data.text_length else None,
-            codec=codec_component(self.content),
+            codec=content_codec(self.content),
             process=None if process is None else ProcessComponent(process),
         )
+
+    def sheet_codec(self, channels: int) -> ImageCodec | None:
+        """Returns what decodes the latents of sample sheets; None where `sample.vae` names none, or none are drawn.
+
+        Raises:
+            FileNotFoundError: there is no autoencoder at `sample.vae`.
+            ValueError: it does not decode latents of so many channels, or the data is pixels.
+        """
+        c = self.config
+        if not (c.sample_every and c.sample.vae):
+            return None
+        here = Description(self._workdir, c.kind, c, Components(codec=content_codec(self.content)))
+        return codec_of(here, c.sample.vae, channels)
 
     def initial_params(self, path: str) -> Callable[[Mesh], PyTree]:
         """Returns what reads the parameters of a run or an exported model of the same kind."""
@@ -171,7 +185,7 @@ def without_missing_splits(data: D, console: rich.console.Console) -> D:
     return dataclasses.replace(data, eval_splits=kept)
 
 
-def codec_component(content: Content) -> CodecComponent:
+def content_codec(content: Content) -> CodecComponent:
     """Returns which codec made the values of a data set; that of a mixture is its parts' own."""
     encoder = json.loads(content.encoder) if content.encoder else None
     if encoder is None:

@@ -21,10 +21,11 @@ Report = dict[str, Any]
 if TYPE_CHECKING:  # what `FAMILIES` names is checked against `Run` and `Study`, and imported when it is asked for
     from sora_jax.runs.diffusion import DiffusionRun
     from sora_jax.runs.dit import DiTRun
+    from sora_jax.runs.packed import PackedRun
     from sora_jax.runs.recognition import RecognitionRun
     from sora_jax.runs.sora import SoraRun
 
-    _RUNS: tuple[Callable[..., Run], ...] = (SoraRun, DiTRun)
+    _RUNS: tuple[Callable[..., Run], ...] = (SoraRun, DiTRun, PackedRun)
     _STUDIES: tuple[Callable[..., Study], ...] = (DiffusionRun, RecognitionRun)
 
 

@@ -9,8 +9,6 @@ import rich.console
 from etils import epath
 
 from sora_jax.array_types import PyTree
-from sora_jax.components import Components
-from sora_jax.families.load import Description, codec_of
 from sora_jax.families.sora import SoraConfig
 from sora_jax.models.autoencoder.codec import Codec
 from sora_jax.runs import packed
@@ -30,11 +28,8 @@ class SoraRun(packed.PackedRun):
 
     def __init__(self, config: SoraConfig, workdir: epath.Path, console: rich.console.Console) -> None:
         super().__init__(config, workdir, console)
-        trained, codec = packed.codec_component(self.content), None
-        if config.sample_every and config.sample.vae:
-            here = Description(workdir, config.kind, config, Components(codec=trained))
-            codec = codec_of(here, config.sample.vae, config.patch.channels)
-        makes_clips = codec is not None or trained.kind == "identity"
+        codec = self.sheet_codec(config.patch.channels)
+        makes_clips = codec is not None or packed.content_codec(self.content).kind == "identity"
         self.sample_sheet = SampleSheet(self.config, codec) if makes_clips else None
         if self.sample_sheet is None and config.sample_every:
             console.print("no sample sheets: this model makes latents; --sample.vae decodes them", highlight=False)

@@ -166,10 +166,16 @@ def write_moved(directory: epath.PathLike, config: ExperimentConfig, fingerprint
 
 
 def _at_places_of(own: Config, other: Config) -> Config:
-    """Returns a config whose data lies where that of another does: the path, or those of a mixture's parts."""
-    places = {"path": other.data.path} if hasattr(other.data, "path") else {}
+    """Returns a config whose data lies where that of another does: the path, or those of a mixture's parts.
+
+    It is `own` where the two are mixtures of other parts, or of the same in another order.
+    """
     mixtures = getattr(own.data, "mixture", ()), getattr(other.data, "mixture", ())
-    if mixtures[0] and len(mixtures[0]) == len(mixtures[1]):
+    paths = [[part.path for part in mixture] for mixture in mixtures]
+    if len(paths[0]) != len(paths[1]) or (paths[0] != paths[1] and sorted(paths[0]) == sorted(paths[1])):
+        return own
+    places: dict[str, Any] = {"path": other.data.path} if hasattr(other.data, "path") else {}
+    if paths[0]:
         parts = zip(*mixtures, strict=True)
         places["mixture"] = tuple(dataclasses.replace(part, path=there.path) for part, there in parts)
     return dataclasses.replace(own, data=dataclasses.replace(own.data, **places))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ from helpers.models import RUNS, SORA, random_params, read_model
 from sora_jax.commands import convert_checkpoint
 from sora_jax.commands.evaluations import classification
 from sora_jax.components import CodecComponent, Components, ComponentWarning, TextEncoderComponent
+from sora_jax.config import MixturePart, PatchConfig
 from sora_jax.config_json import to_json
 from sora_jax.convert.vit import from_npz
 from sora_jax.families.load import export_model, load, load_codec
@@ -60,6 +62,37 @@ def test_components_come_along_and_another_text_encoder_is_told(main, tmp_path):
     words = r"out was trained with the text encoder all-MiniLM-L6-v2 of fingerprint f00d, and the one here is"
     with pytest.warns(ComponentWarning, match=words), pytest.raises(ValueError, match=r"patch\.channels must be 3"):
         SoraPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_a_mixture_is_exported_without_the_way_to_it(main, tmp_path):
+    parts = (MixturePart("/here/data/clips/1.0.0", 3.0), MixturePart("/here/stills", 1.0))
+    config = dataclasses.replace(SORA, data=dataclasses.replace(SORA.data, mixture=parts))
+    export_model(tmp_path / "run", config, random_params(config))
+    assert main(["export", "--source", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert [part.path for part in load(tmp_path / "out").config.data.mixture] == ["clips/1.0.0", "here/stills"]
+
+
+def test_what_a_model_was_trained_on_decides_whether_it_makes_pixels(tmp_path):
+    latents = Components(codec=CodecComponent("image", "f00d", 0.2))
+    rgb = PatchConfig(SORA.patch.size, channels=3)
+    sora = dataclasses.replace(SORA, patch=rgb)
+    export_model(tmp_path / "sora", sora, random_params(sora), components=latents)
+    with pytest.raises(ValueError, match=r"sora makes latents: name the autoencoder that decodes them, vae\."):
+        SoraPipeline.from_pretrained(tmp_path / "sora")
+    dit = RUNS["dit"]
+    dit = dataclasses.replace(dit, sample=dataclasses.replace(dit.sample, vae=""))
+    for components, bounds in ((latents, None), (Components(codec=CodecComponent("identity")), (-1.0, 1.0))):
+        export_model(tmp_path / "dit", dit, random_params(dit), components=components)
+        assert DiTPipeline.from_pretrained(tmp_path / "dit").process.clip == bounds
+    with pytest.raises(ValueError, match="dit makes pixels, which no autoencoder decodes"):
+        DiTPipeline.from_pretrained(tmp_path / "dit", vae="anything")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool"])
+def test_parameters_are_real_numbers(tmp_path, dtype):
+    export_model(tmp_path, SORA, random_params(SORA))
+    with pytest.raises(ValueError, match=f"dtype must be that of real numbers, .*, got {dtype}"):
+        load(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", RUNS)

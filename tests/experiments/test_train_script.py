@@ -30,7 +30,12 @@ def script():
         (["nothing_like_it", "--dry-run"], "no config 'nothing_like_it': give one of"),
         (["--dry-run"], "CONFIG comes first"),
         (["sora_nano"], "--data.path is needed"),
-        (["sora_nano", "--data.mixture", "data/clips"], "--data.mixture"),
+        (
+            ["sora_nano", "--data.mixture", "data/clips"],
+            "--data.mixture must be PATH=WEIGHT ..., got 'data/clips':",
+        ),
+        (["sora_nano", "--data.mixture", "a=0"], "got 'a=0': MixturePart.weight must be positive and finite, got 0.0"),
+        (["sora_nano", "--data.mixture", "a=1", "=3"], "got '=3', without a path"),
         (["sora_nano", "--data.path", "a", "--data.mixture", "b=1"], "mixture must be () where path names one"),
         (["sora_nano", "--workdir", "runs/x"], "--data.path is needed"),
         (["sora_nano", "--dry-run", "--json", "/dev/null/x.json"], "--json '/dev/null/x.json' cannot be written"),

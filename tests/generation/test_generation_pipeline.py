@@ -229,8 +229,10 @@ def test_guidance_lasts_for_its_interval_alone(pipeline):
     np.testing.assert_allclose(always, guided, atol=1e-5)
     np.testing.assert_allclose(never, plain, atol=1e-5)
     assert min(np.abs(late - plain).max(), np.abs(late - guided).max()) > 1e-3
-    with pytest.raises(ValueError, match=r"interval must be \(lowest, highest\) .*, got \(1.0, 0.0\)"):
+    with pytest.raises(ValueError, match=r"interval of guidance must be \(lowest, highest\), .*, got \(1.0, 0.0\)"):
         pipeline.clips(requests[1], "a", 4, "euler", interval=(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"interval of guidance must be .*, got \(0.9,\)"):
+        pipeline("frog", guidance_interval=(0.9,))
 
 
 def test_times_of_larger_clips_are_shifted(with_config):

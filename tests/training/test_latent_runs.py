@@ -163,8 +163,12 @@ def test_a_mixture_may_move_but_not_change(paths, tmp_path):
     moved = shutil.copytree(paths[1], tmp_path / "moved")
     parts = (MixturePart(paths[0], 3.0), MixturePart(str(moved), 1.0))
     weighted = dataclasses.replace(config.data, mixture=(MixturePart(paths[0], 1.0), parts[1]))
-    with pytest.raises(ConfigChangedError, match=r"a run with data\.mixture = "):
-        run(dataclasses.replace(config, data=weighted))
+    turned = dataclasses.replace(config.data, mixture=config.data.mixture[::-1])
+    for data in (weighted, turned, dataclasses.replace(config.data, mixture=(), path=paths[0])):
+        with pytest.raises(
+            ConfigChangedError, match=rf"a run with data\.mixture = \[{{'path': '{paths[0]}', 'weight': 3"
+        ):
+            run(dataclasses.replace(config, data=data))
     there = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=parts))
     assert run(there) is Outcome.FINISHED
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["mixture"]

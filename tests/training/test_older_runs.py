@@ -129,9 +129,19 @@ def test_another_network_of_the_same_family_is_named(tmp_path, older):
 
 
 def test_no_directory_is_of_a_kind_that_nobody_knows(tmp_path):
-    for text, words in (('{"version": 2, "a": 1}', "of no kind"), ('{"version": 2, "kind": "x"}', "of the kind 'x'")):
+    for text, words in (('{"version": 2, "a": 1}', "no kind"), ('{"version": 2, "kind": "x"}', "an unknown kind, 'x'")):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"config.json is {words} that is known; the kinds are sora, dit,"):
+        with pytest.raises(ValueError, match=rf"config.json is of {words}; those that are known are sora, dit,"):
+            describe(tmp_path)
+    with pytest.raises(ValueError, match=r"config.json is a file: name the directory of a run"):
+        describe(tmp_path / "config.json")
+    for data, words in (
+        (b"\x80\x81", r"config\.json is no text"),
+        (b'{"version": 2.0}', r"reads versions up to 2 of the config, got 2\.0"),
+        (b'{"version": 1, "class_dropout": 0.1, "optimizer": {}, "data": null, "model": []}', r"config\.json: .*data"),
+    ):
+        (tmp_path / "config.json").write_bytes(data)
+        with pytest.raises(ValueError, match=words):
             describe(tmp_path)
     (tmp_path / "seed_0").mkdir()
     shutil.move(tmp_path / "config.json", tmp_path / "seed_0")
