@@ -210,7 +210,7 @@ def test_classify_says_what_it_lacks(finished, folder):
         ClassifyOptions(run, sides=(8,), views=(2, 3))
     with pytest.raises(ValueError, match="fps is for converted weights: a run has its own, got 5"):
         classify(ClassifyOptions(run, fps=5.0))
-    with pytest.raises(ValueError, match="holds several runs, name one of them: navit_rate_0"):
+    with pytest.raises(ValueError, match="holds several runs or models, name one of them: navit_rate_0"):
         classify(ClassifyOptions(str(folder / "run")))
     navit = next(path for path in (folder / "run").iterdir() if path.name.startswith("navit_"))
     classify(ClassifyOptions(str(navit), sides=(400,)))  # where nothing is enlarged, nothing is too large
