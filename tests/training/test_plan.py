@@ -99,7 +99,7 @@ class TestWithCompiler:
 
     @pytest.mark.parametrize("name", ["v99:2x2", "v5e:3x5", "rubbish"])
     def test_an_unknown_topology_is_named_beside_examples(self, name):
-        with pytest.raises(ValueError, match=rf"unknown topology '{name}' .*give one like v5e:2x4"):
+        with pytest.raises(ValueError, match=rf"unknown topology '{name}' .*give one like v4:2x2x1, v5e:2x4"):
             plan.topology_devices(name)
 
     def test_sora_xl_fits_eight_chips(self, capsys):
