@@ -60,17 +60,10 @@ class DataConfig(PackedDataConfig):
     def draw(
         self, rng: np.random.Generator, clip: StoredClip, patch: PatchConfig, resizable: bool = True
     ) -> Sample | str:
-        """Draws what is taken of a clip.
+        """Draws what is taken of a clip; see `PackedDataConfig.draw`.
 
-        Args:
-            rng: of this draw.
-            clip: its index, and what it is stored with.
-            patch: gives sizes their multiples.
-            resizable: whether it may have another size than it is stored with; else, as of latents, it keeps it, and
-                has fewer frames where it would not fit a row.
-
-        Returns:
-            The sample; or why there is none: it does not fit a row and `oversize` is `skip`, or nothing smaller fits.
+        There is none where it does not fit a row and `oversize` is `skip`, or nothing smaller fits. What is not
+        resizable has fewer frames instead.
         """
         still, frames, rate, side, start, dropped, table = rng.random(7)
         fps = min(log_uniform(rate, *self.fps), clip.fps)

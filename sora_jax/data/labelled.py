@@ -154,17 +154,7 @@ class LabelledDataConfig(PackedDataConfig):
     def draw(
         self, rng: np.random.Generator, clip: StoredClip, patch: PatchConfig, resizable: bool = True
     ) -> Sample | str:
-        """Draws what is taken of an image or clip.
-
-        Args:
-            rng: of this draw.
-            clip: its index, and what it is stored with.
-            patch: gives sizes their multiples.
-            resizable: whether it may have another size than it is stored with, as pixels and unlike latents.
-
-        Returns:
-            The sample, or why there is none.
-        """
+        """Draws what is taken of an image or clip; see `PackedDataConfig.draw`."""
         speed_share, start, dropped = rng.random(3)
         index = int(speed_share * len(self.speeds))
         speed = self.speeds[index]
