@@ -181,6 +181,7 @@ def run(arguments: Arguments) -> int:
 def run_study(arguments: Arguments, console: rich.console.Console) -> int:
     """Trains every seed of an experiment, and of those beside it, and reports on all; returns the exit code."""
     config, workdir = arguments.config, epath.Path(arguments.workdir)
+    check_family(workdir, config)
     kind = run_class(config)
     configs = {arguments.name: config}
     for name in config.beside:

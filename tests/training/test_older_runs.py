@@ -13,7 +13,7 @@ from helpers.models import RUNS
 from helpers.runs import train
 
 import sora_jax
-from sora_jax.commands.train import train_one
+from sora_jax.commands.train import main, train_one
 from sora_jax.components import CodecComponent, Components, TextEncoderComponent, difference
 from sora_jax.config_json import from_json, parse, to_json, to_values
 from sora_jax.families import registry
@@ -114,11 +114,15 @@ def test_every_family_is_known_by_the_keys_of_version_1(tmp_path, name):
         assert describe(tmp_path).config == RUNS[name].model
 
 
-def test_a_directory_that_holds_another_family_says_what(older, tmp_path):
+def test_a_directory_that_holds_another_family_says_what(older, capsys):
     with pytest.raises(ValueError, match=r"holds a Sora, and a classifier .* was to be trained in it: choose"):
         train_one(RUNS["vit"], older[1], None, rich.console.Console())
     with pytest.raises(ValueError, match=r"ClassificationConfig\.kind: expected 'classification', got 'sora'"):
         train(RUNS["vit"], older[1], None)
+    before = sorted(older[1].iterdir())
+    assert main(["heartbeat", "--workdir", str(older[1]), "--num-steps", "1"]) == 1  # whose seeds are folders in it
+    assert "holds a Sora, and a study of discrete diffusion was to be trained in it" in capsys.readouterr().err
+    assert sorted(older[1].iterdir()) == before
 
 
 def test_another_network_of_the_same_family_is_named(tmp_path, older):
